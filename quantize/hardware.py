@@ -1,0 +1,42 @@
+"""What this machine can run, told as reasons rather than booleans. Imports torch only when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from quantize.schemes import Scheme, Target
+
+
+def missing_for(target: Target) -> list[str]:
+    """What this machine lacks to run `target`; an empty list means that it runs."""
+    return [reason for need in target.needs if (reason := _missing(need))]
+
+
+def _missing(need: str) -> str | None:
+    name, _, wanted = need.partition(">=")
+    if name != "cuda":
+        raise AssertionError(f"unknown requirement {need!r} in quantize/schemes.py")
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"a CUDA GPU of compute capability {wanted} or newer (this machine has none)"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < tuple(int(part) for part in wanted.split(".")):
+        return f"compute capability {wanted} or newer ({torch.cuda.get_device_name()} has {major}.{minor})"
+    return None
+
+
+def pick_target(scheme: Scheme, asked: str | None) -> tuple[Target, list[str]]:
+    """The target to ship for, and what this machine lacks to run it.
+
+    Without a wish: the last of the scheme's targets that runs here (an accelerator before the CPU), else its first.
+
+    Raises:
+        UserError: `asked` is not a target of `scheme`.
+    """
+    if asked is not None:
+        target = scheme.find_target(asked)
+        return target, missing_for(target)
+    lacking: Mapping[str, list[str]] = {name: missing_for(target) for name, target in scheme.targets.items()}
+    runnable = [name for name, reasons in lacking.items() if not reasons]
+    chosen = runnable[-1] if runnable else next(iter(scheme.targets))
+    return scheme.targets[chosen], lacking[chosen]

@@ -1,0 +1,80 @@
+"""Which layers of a model a scheme quantises, and why not the others: nothing is skipped in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from quantize.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a scheme reaches in one model.
+
+    Attributes:
+        layers: module names that are quantised.
+        skipped: module name -> why it keeps 16 bit.
+        quantized_weights: number of weights in `layers`.
+        addressed_weights: number of weights in all linear layers that the scheme does not skip by its definition.
+        total_weights: number of weights in the model.
+    """
+
+    layers: tuple[str, ...]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    quantized_weights: int = 0
+    addressed_weights: int = 0
+    total_weights: int = 0
+
+    @property
+    def quantized_fraction(self) -> float:
+        """Share of the addressed linear weights that is quantised."""
+        return self.quantized_weights / self.addressed_weights if self.addressed_weights else 0.0
+
+    def as_dict(self) -> dict[str, object]:
+        """JSON form, as metrics.json stores it."""
+        return {
+            "quantized_fraction": self.quantized_fraction,
+            "share_of_all_weights": self.quantized_weights / max(self.total_weights, 1),
+            "quantized_layers": len(self.layers),
+            "skipped": dict(self.skipped),
+        }
+
+
+def plain_name(name: str) -> str:
+    """A module's name without PEFT's wrappers: `base_model.model.model.layers.0.q_proj` -> `model.layers.0.q_proj`."""
+    return name.removeprefix("base_model.model.").removesuffix(".base_layer")
+
+
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """(name without wrappers, linear) of each linear layer, the adapters' own matrices left out."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ".lora_" not in name:
+            yield plain_name(name), module
+
+
+def select_layers(model: nn.Module, scheme: Scheme, group_size: int | None) -> Coverage:
+    """Decides for each linear layer whether `scheme` quantises it.
+
+    Args:
+        model: a transformers model, with or without PEFT's wrappers.
+        scheme: the format.
+        group_size: weights per scale; a layer whose in_features it does not divide is skipped and listed.
+    """
+    layers: list[str] = []
+    skipped: dict[str, str] = {}
+    quantised = addressed = 0
+    for name, linear in linear_layers(model):
+        if name.rsplit(".", 1)[-1] in scheme.skip:
+            skipped[name] = f"{scheme.name} keeps it in 16 bit"
+            continue
+        addressed += linear.weight.numel()
+        if group_size is not None and linear.in_features % group_size:
+            skipped[name] = f"group size {group_size} does not divide its in_features {linear.in_features}"
+            continue
+        layers.append(name)
+        quantised += linear.weight.numel()
+    total = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" not in name)
+    return Coverage(tuple(layers), skipped, quantised, addressed, total)
