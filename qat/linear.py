@@ -11,7 +11,7 @@ Shapes: `O` out_features, `I` in_features, `R` rank; x is (..., I), A is (R, I),
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,10 +22,10 @@ RoundTrip = Callable[[Tensor], Tensor]
 
 @dataclass
 class FakeQuantSwitch:
-    """One switch for all layers of a model: whether quantisation is simulated at the moment, and how often it ran."""
+    """One switch for all layers of a model: whether quantisation is simulated at the moment, and where it ran."""
 
     enabled: bool = True
-    calls: int = 0
+    seen: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class LayerNumerics:
     """What one layer needs to know about its format.
 
     Attributes:
+        name: the layer's name without wrappers.
         weight: round trip of the merged weight (O, I).
         activation: round trip of the input, or None.
         merged_dtype: the dtype that the shipped 16-bit weight is rounded to before it is quantised.
@@ -40,6 +41,7 @@ class LayerNumerics:
         switch: shared by all layers of the model.
     """
 
+    name: str
     weight: RoundTrip
     activation: RoundTrip | None
     merged_dtype: torch.dtype
@@ -84,7 +86,7 @@ class FakeQuantLinear(torch.autograd.Function):
             if numerics.switch.enabled:
                 shipped = numerics.weight(shipped)
                 inputs = numerics.activation(inputs) if numerics.activation is not None else inputs
-                numerics.switch.calls += 1
+                numerics.switch.seen.add(numerics.name)
             shipped = shipped.to(compute)
             output = torch.nn.functional.linear(inputs, shipped, None if bias is None else bias.to(compute))
         ctx.save_for_backward(inputs, shipped, lora_a, lora_b)

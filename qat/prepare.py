@@ -28,7 +28,7 @@ class Prepared:
 
     Attributes:
         coverage: the layers that are fake-quantised, and why not the others.
-        switch: turns all of them on and off, and counts their calls.
+        switch: turns all of them on and off, and remembers which ran.
         numerics: plain layer name -> its numbers.
     """
 
@@ -77,6 +77,7 @@ def prepare_qat(
         if name in chosen:
             linear = base_linear(module)
             numerics = LayerNumerics(
+                name=name,
                 weight=partial(target.weight, group_size=group_size),
                 activation=target.activation,
                 merged_dtype=dtype or linear.weight.dtype,
@@ -85,6 +86,8 @@ def prepare_qat(
             )
             _bind(module, numerics, placement)
             prepared.numerics[name], prepared.modules[name] = numerics, module
+    if scheme.embedding is not None:
+        _bind_embedding(model, scheme, prepared)
     return prepared
 
 
@@ -92,9 +95,8 @@ def remove_qat(prepared: Prepared) -> None:
     """Undoes `prepare_qat`: each layer computes again what its class computes."""
     for module in prepared.modules.values():
         del module.forward
-        linear = base_linear(module)
-        if linear is not module:
-            del linear._modules[_MARK]
+        if hasattr(module, "base_layer"):
+            del module.base_layer._modules[_MARK]
     prepared.modules.clear()
 
 
@@ -166,3 +168,17 @@ def _bind(module: nn.Module, numerics: LayerNumerics, placement: str) -> None:
     linear = base_linear(module)
     if linear is not module:
         linear.add_module(_MARK, nn.Identity())
+
+
+def _bind_embedding(model: nn.Module, scheme: Scheme, prepared: Prepared) -> None:
+    """Rounds the embedding's rows on look-up. A tied lm_head keeps its own numbers: the two part when they ship."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+
+    def look_up(self: Any, ids: Tensor) -> Tensor:
+        rows = torch.nn.functional.embedding(ids, self.weight)
+        # One scale per row, so the rows that are looked up are all that needs rounding.
+        rounded = scheme.embedding_weight(rows, None) if prepared.switch.enabled else rows
+        return rows + (rounded - rows).detach() if rows.requires_grad else rounded
+
+    embedding.forward = types.MethodType(look_up, embedding)
+    prepared.modules["embedding"] = embedding

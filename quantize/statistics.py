@@ -1,6 +1,6 @@
 """Intervals for evaluation results: how far a number may move when other samples had been drawn.
 
-All arms of a run are scored on the same held-out samples, so differences are *paired*: what both arms find hard cancels.
+All arms of a run are scored on the same held-out samples, so differences are *paired*: what both find hard cancels.
 The intervals speak about the choice of samples only, not about the training seed.
 
 Shapes: `S` samples, `K` resamples. Numpy only, so that the report can be rebuilt without torch.
@@ -69,8 +69,8 @@ def paired_loss_difference(
     """Token-weighted mean loss of `a` minus that of `b`, with a paired bootstrap interval over samples.
 
     Each resample draws whole samples with replacement (as multinomial weights) and applies the same draw to both arms:
-    percentile interval, Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13, with the quantiles moved
-    outwards for few samples (see `_percentile`).
+    percentile interval, Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13, with the quantiles
+    moved outwards for few samples (see `_percentile`).
 
     Args:
         nll_a, nll_b: [S] summed nats over each sample's answer tokens, the same samples in the same order.
@@ -94,10 +94,10 @@ def recovered_interval(
     seed: int = 0,
     resamples: int = 2000,
 ) -> Interval:
-    """Share of the quantisation loss that was recovered, (ptq - final) / (ptq - control), with a paired bootstrap interval.
+    """Share of the quantisation loss that was recovered, (ptq - final) / (ptq - control), with its bootstrap interval.
 
-    A ratio has a bounded interval only while its denominator is clearly not 0 (Fieller, 1954): where the 95% interval of
-    ptq - control includes 0 the bounds are infinite, and where the denominator is 0 the value is NaN.
+    A ratio has a bounded interval only while its denominator is clearly not 0 (Fieller, 1954): where the 95% interval
+    of ptq - control includes 0 the bounds are infinite, and where the denominator is 0 the value is NaN.
 
     Args:
         ptq, final, control: [S] summed nats of each arm, the same samples in the same order.
@@ -147,7 +147,7 @@ def paired_accuracy_difference(exact_a: ArrayLike, exact_b: ArrayLike) -> Interv
     p_a, p_b = (both + only_a) / n, (both + only_b) / n
     (low_a, high_a), (low_b, high_b) = _wilson(both + only_a, n), _wilson(both + only_b, n)
     margins = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
-    covariance = both * neither - only_a * only_b
+    covariance = float(both * neither - only_a * only_b)
     if covariance > 0:
         covariance = max(covariance - n / 2, 0)  # Newcombe's continuity correction
     phi = covariance / math.sqrt(margins) if margins else 0.0
@@ -166,8 +166,8 @@ def mcnemar(exact_a: ArrayLike, exact_b: ArrayLike) -> float:
     a, b = _pair(exact_a, exact_b)
     only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
     n = only_a + only_b
-    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
-    return min(1.0, 2 * tail / 2**n)  # integers until the division: no overflow at any n
+    tail: int = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
+    return float(min(1.0, 2 * tail / 2**n))  # integers until the division: no overflow at any n
 
 
 def _resamples(samples: int, seed: int, resamples: int) -> Iterator[Floats]:
@@ -186,8 +186,8 @@ def _percentile(value: float, resampled: Floats, tokens: Floats) -> Interval:
 
     The plain percentile interval is too narrow: the bootstrap's variance lacks the factor n / (n - 1) and its tails are
     normal, not Student's. The expanded percentile interval takes the quantiles at Phi(+-sqrt(n / (n - 1)) * t) instead
-    (Hesterberg, The American Statistician 69:371-386, 2015). A token-weighted mean has fewer samples than it counts: n is
-    Kish's effective size, (sum tokens)^2 / sum tokens^2.
+    (Hesterberg, The American Statistician 69:371-386, 2015). A token-weighted mean has fewer samples than it counts:
+    n is Kish's effective size, (sum tokens)^2 / sum tokens^2.
     """
     n = float(tokens.sum() ** 2 / (tokens**2).sum())
     if n < 2:  # one sample resamples to itself: a width of 0 would claim certainty

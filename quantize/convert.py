@@ -1,0 +1,153 @@
+"""16-bit checkpoint in, really quantised checkpoint out: the finalize step's engine and `quantize convert`'s."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantize.errors import UserError
+from quantize.layers import Coverage, select_layers
+from quantize.schemes import Scheme, Target
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "*.model")
+
+
+def load_plain(folder: Path, *, dtype: str | None = None, device: str = "cpu", **options: Any) -> nn.Module:
+    """A checkpoint through plain transformers: safetensors only, no code from the checkpoint."""
+    from transformers import AutoModelForCausalLM
+
+    if dtype is not None:
+        options["dtype"] = getattr(torch, dtype)
+    options.setdefault("attn_implementation", "sdpa")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, device_map=device, use_safetensors=True, trust_remote_code=False, local_files_only=True, **options
+    )
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def inspect_model(folder: Path) -> nn.Module:
+    """The model's modules without its weights (meta device)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+
+
+def torchao_config(scheme: Scheme, target: Target, group_size: int | None, coverage: Coverage) -> dict[str, Any]:
+    """Keyword arguments of transformers' TorchAoConfig for the covered layers.
+
+    A layer that does not fit is named out rather than left to the library, which would skip it in silence or fail.
+    """
+    from torchao.quantization import FqnToConfig
+
+    uneven = [name for name in coverage.skipped if name.rsplit(".", 1)[-1] not in scheme.skip]
+    if not uneven and scheme.embedding is None:
+        return {"quant_type": target.config(group_size)}
+    entries: OrderedDict[str, Any] = OrderedDict()
+    if scheme.embedding is not None:
+        entries["model.embed_tokens.weight"] = scheme.embedding()
+    for name in coverage.layers:
+        entries[f"{name}.weight"] = target.config(group_size)
+    return {
+        "quant_type": FqnToConfig(entries),
+        "include_input_output_embeddings": scheme.embedding is not None,
+        "modules_to_not_convert": [] if scheme.embedding is not None else None,
+    }
+
+
+def convert_checkpoint(
+    source: Path, output: Path, scheme: Scheme, target: Target, *, group_size: int | None, dtype: str, device: str
+) -> Coverage:
+    """Quantises the 16-bit checkpoint `source` for `target` and writes `output`, atomically.
+
+    Args:
+        source: transformers checkpoint in safetensors.
+        output: folder to write; replaced as a whole when everything is on disk.
+        dtype: dtype of the weights that stay unquantised ("float32", "bfloat16").
+        device: where to convert; CUDA layouts need CUDA.
+
+    Raises:
+        UserError: the scheme reaches no layer of this model.
+    """
+    from transformers import TorchAoConfig
+
+    coverage = select_layers(inspect_model(source), scheme, group_size)
+    if not coverage.layers:
+        reasons = "; ".join(sorted(set(coverage.skipped.values())))
+        raise UserError(f"{scheme.name} reaches no layer of {source}: {reasons}")
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    untied = _untie(source, output.with_name(output.name + ".untied"), dtype) if scheme.embedding else source
+    try:
+        settings = TorchAoConfig(**torchao_config(scheme, target, group_size, coverage))
+        model = load_plain(untied, dtype=dtype, device=device, quantization_config=settings)
+        _assert_quantised(model, coverage)
+        model.save_pretrained(partial)  # type: ignore[operator]
+    finally:
+        if untied != source:
+            shutil.rmtree(untied, ignore_errors=True)
+    copy_tokenizer(source, partial)
+    sync_folder(partial)
+    shutil.rmtree(output, ignore_errors=True)
+    partial.rename(output)
+    return coverage
+
+
+def _untie(source: Path, output: Path, dtype: str) -> Path:
+    """Writes the checkpoint with an lm_head of its own: embedding and lm_head ship in different formats."""
+    model: Any = load_plain(source, dtype=dtype)
+    if model.config.tie_word_embeddings:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+        model._tied_weights_keys = None
+    model.save_pretrained(output)
+    return output
+
+
+def _assert_quantised(model: nn.Module, coverage: Coverage) -> None:
+    """Fails where the library left a covered layer in 16 bit."""
+    plain = [name for name in coverage.layers if type(model.get_submodule(name).weight.data) is torch.Tensor]
+    assert not plain, f"torchao left {len(plain)} layers unquantised, the first is {plain[0]}"
+
+
+def copy_tokenizer(source: Path, output: Path) -> None:
+    """Copies the tokenizer, its chat template and the generation settings beside the weights."""
+    for pattern in (*TOKENIZER_FILES, "generation_config.json"):
+        for path in source.glob(pattern):
+            shutil.copyfile(path, output / path.name)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes a folder's files to disk, so that a rename after it never leaves half a checkpoint."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the weights on disk."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def memory_bytes(model: nn.Module) -> int:
+    """Bytes of a loaded model's weights, each tied weight once, inner tensors of quantised ones counted."""
+    seen: dict[int, int] = {}
+    for parameter in [*model.parameters(), *model.buffers()]:
+        for tensor in _inner_tensors(parameter.data):
+            seen[tensor.data_ptr()] = max(seen.get(tensor.data_ptr(), 0), tensor.numel() * tensor.element_size())
+    return sum(seen.values())
+
+
+def _inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    if type(tensor) is torch.Tensor:
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    return [inner for name in names for inner in _inner_tensors(getattr(tensor, name))]

@@ -1,0 +1,144 @@
+"""Teacher-forced evaluation on answer tokens: loss, exact match, KL divergence.
+
+Exact match needs no generation: greedy output equals the answer exactly when every teacher-forced argmax is right, the
+end-of-turn token included. Shapes: `S` samples, `B` batch, `T` tokens, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out sample: token ids (T,) and which of them are answer tokens (T,)."""
+
+    input_ids: Sequence[int]
+    loss_mask: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per-sample results, in the samples' order.
+
+    Attributes:
+        nll: (S,) float64, sum of nats over the sample's answer tokens.
+        tokens: (S,) int64, number of answer tokens.
+        exact: (S,) bool, every answer token is the argmax.
+        kl: (S,) float64 sum of KL(reference || model) over answer tokens, in nats; None without a reference.
+    """
+
+    nll: np.ndarray
+    tokens: np.ndarray
+    exact: np.ndarray
+    kl: np.ndarray | None = None
+
+    @property
+    def loss(self) -> float:
+        """Nats per answer token."""
+        return float(self.nll.sum() / self.tokens.sum())
+
+    @property
+    def kl_per_token(self) -> float | None:
+        """Mean KL divergence in nats per answer token."""
+        return None if self.kl is None else float(self.kl.sum() / self.tokens.sum())
+
+    def save(self, path: Path) -> None:
+        """Writes an .npz; `load` reads it back."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, Any] = {"nll": self.nll, "tokens": self.tokens, "exact": self.exact}
+        temporary = path.with_suffix(".tmp.npz")
+        np.savez(temporary, **arrays, **({} if self.kl is None else {"kl": self.kl}))
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Scores:
+        """Reads what `save` wrote."""
+        with np.load(path, allow_pickle=False) as stored:
+            return cls(stored["nll"], stored["tokens"], stored["exact"], stored["kl"] if "kl" in stored else None)
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Reads the parquet file of tokenised samples (columns input_ids, loss_mask)."""
+    import pyarrow.parquet
+
+    columns = pyarrow.parquet.read_table(path, columns=["input_ids", "loss_mask"]).to_pydict()
+    return [Sample(ids, mask) for ids, mask in zip(columns["input_ids"], columns["loss_mask"], strict=True)]
+
+
+@torch.inference_mode()
+def evaluate_model(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int,
+    reference: nn.Module | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """Scores `model` on `samples`; the batches depend on the samples and `batch_size` alone.
+
+    Args:
+        model: a causal language model of transformers, on one device.
+        samples: tokenised, each with an answer token after the first position.
+        batch_size: samples a batch.
+        reference: model whose distribution the KL divergence is measured from.
+        progress: called with (samples done, all samples).
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    count = len(samples)
+    nll, tokens = np.zeros(count), np.zeros(count, dtype=np.int64)
+    exact = np.zeros(count, dtype=bool)
+    kl = np.zeros(count) if reference is not None else None
+    done = 0
+    for chosen, ids, attention, mask in _batches(samples, batch_size):
+        ids, attention, mask = ids.to(device), attention.to(device), mask.to(device)
+        positions = mask.any(0).nonzero().squeeze(1)  # (P,): where some sample has an answer token
+        wanted = mask[:, positions]  # (B, P)
+        log_probs = _log_probs(model, ids, attention, positions)  # (B, P, V)
+        targets = ids[:, positions]
+        picked = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        right = (log_probs.argmax(-1) == targets) | ~wanted
+        nll[chosen] = -(picked.double() * wanted).sum(1).cpu().numpy()
+        tokens[chosen] = wanted.sum(1).cpu().numpy()
+        exact[chosen] = right.all(1).cpu().numpy()
+        if kl is not None and reference is not None:
+            expected = _log_probs(reference, ids, attention, positions)
+            divergence = (expected.exp() * (expected - log_probs)).sum(-1).double()
+            kl[chosen] = (divergence * wanted).sum(1).cpu().numpy()
+        done += len(chosen)
+        if progress is not None:
+            progress(done, count)
+    model.train(was_training)
+    return Scores(nll, tokens, exact, kl)
+
+
+def _log_probs(model: nn.Module, ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
+    """(B, P, V) float32 log-probabilities of the tokens at `positions`, each predicted from the one before."""
+    output = model(input_ids=ids, attention_mask=attention, use_cache=False, logits_to_keep=positions - 1)
+    return torch.log_softmax(output.logits.float(), dim=-1)
+
+
+def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+    """(sample numbers, ids (B, T), attention mask, answer mask), samples of like length together."""
+    order = sorted(range(len(samples)), key=lambda index: (len(samples[index].input_ids), index))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        longest = max(len(samples[index].input_ids) for index in chosen)
+        ids = torch.zeros(len(chosen), longest, dtype=torch.long)
+        attention, mask = torch.zeros_like(ids), torch.zeros(len(chosen), longest, dtype=torch.bool)
+        for row, index in enumerate(chosen):
+            sample = samples[index]
+            length = len(sample.input_ids)
+            ids[row, :length] = torch.tensor(sample.input_ids)
+            attention[row, :length] = 1
+            mask[row, 1:length] = torch.tensor(sample.loss_mask, dtype=torch.bool)[1:]
+        yield chosen, ids, attention, mask

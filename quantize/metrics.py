@@ -1,0 +1,259 @@
+"""The contract of metrics.json: every key always exists, and each null has its reason under `why`.
+
+Pure functions of evaluation scores. Losses are in nats per answer token, sizes in MiB, accuracies shares from 0 to 1.
+Dotted names (`final.loss`, `size.final_mib`) are the nested keys: a sweep's `metric:`, W&B and the report share them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantize.errors import UserError
+from quantize.statistics import (
+    accuracy_interval,
+    loss_interval,
+    mcnemar,
+    paired_accuracy_difference,
+    paired_loss_difference,
+    recovered_interval,
+)
+
+ARMS = ("base", "base_quantized", "control", "ptq", "tuned", "final")
+COMPARISONS = (("final", "ptq"), ("final", "control"), ("final", "base"), ("final", "tuned"), ("ptq", "control"))
+QUANTISED_ARMS = ("base_quantized", "ptq", "final")  # where the target cannot run, these are simulated
+SIZES = ("base_mib", "tuned_mib", "final_mib", "memory_mib", "bits_per_weight")
+
+_NO_INTERVAL = {"low": None, "high": None}
+_NO_DIFFERENCE = {"value": None, "low": None, "high": None}
+_NOT_MEASURED = "not measured in this run"
+_TOO_FEW = "too few samples for an interval"
+
+
+class ScoresLike(Protocol):
+    """What an evaluation leaves for one arm; S samples, the same ones in the same order for every arm."""
+
+    @property
+    def nll(self) -> NDArray[np.float64]: ...  # [S] nats, summed over the answer tokens of a sample
+    @property
+    def tokens(self) -> NDArray[np.int64]: ...  # [S] answer tokens
+    @property
+    def exact(self) -> NDArray[np.bool_]: ...  # [S] every teacher-forced argmax is right, the end token included
+
+
+Arms = Mapping[str, ScoresLike | None]
+
+
+def build_metrics(
+    *,
+    arms: Arms,
+    why: Mapping[str, str],
+    train_ship_gap: float | None,
+    backend_gap: float | None,
+    kl: float | None,
+    kl_reference: str | None,
+    size: Mapping[str, Any],
+    coverage: Mapping[str, Any],
+    scheme: str | None,
+    target: str | None,
+    simulated: bool,
+    missing: Sequence[str] = (),
+    finish_command: str | None = None,
+) -> dict[str, Any]:
+    """Everything that metrics.json holds.
+
+    Args:
+        arms: scores by arm name (see `ARMS`); None or absent where the arm was not evaluated.
+        why: reasons for what is null, by dotted key; a key speaks for all below it (`control` for `control.loss`).
+        train_ship_gap: loss of the final fake-quantised weights in the plain graph minus `final.loss`.
+        backend_gap: loss in the training backend's own graph minus that in the plain graph.
+        kl: KL(reference || final), nats per answer token.
+        kl_reference: the arm that `kl` refers to.
+        size: some of `SIZES`.
+        coverage: `quantized_fraction` (share of the layers' weights) and `skipped` (layer name: reason).
+        scheme, target: as shipped; None where nothing is quantised.
+        simulated: this machine cannot run the target, so quantised arms come from fake quantisation.
+        missing: what keeps this machine from the target, in words.
+        finish_command: what completes the run where the target can run.
+
+    Raises:
+        UserError: a loss is not finite.
+        ValueError: an unknown arm, size or coverage key, or arms that were not scored on the same samples.
+    """
+    _check(arms, size, coverage)
+    count = next((scores.tokens for scores in arms.values() if scores is not None), None)
+    recovered = _recovered(arms)
+    metrics: dict[str, Any] = {
+        "n_samples": None if count is None else len(count),
+        "n_tokens": None if count is None else int(np.sum(count)),
+        **{name: _arm(name, arms, simulated) for name in ARMS},
+        "comparisons": {f"{a}_vs_{b}": _comparison(a, b, arms, simulated) for a, b in COMPARISONS},
+        "train_ship_gap": _number(train_ship_gap),
+        "backend_gap": _number(backend_gap),
+        "recovered": recovered["value"],
+        "recovered_interval": {"low": recovered["low"], "high": recovered["high"]},
+        "kl": {"final": _number(kl), "reference": kl_reference, "simulated": simulated and kl is not None},
+        "size": {key: _number(size.get(key)) for key in SIZES},
+        "coverage": {
+            "quantized_fraction": _number(coverage.get("quantized_fraction")),
+            "skipped": dict(coverage.get("skipped") or {}),
+        },
+        "scheme": scheme,
+        "target": target,
+        "simulated": simulated,
+        "missing": list(missing),
+        "finish_command": finish_command,
+    }
+    metrics["why"] = _reasons(metrics, arms, why)
+    return metrics
+
+
+def flatten(metrics: Mapping[str, Any]) -> dict[str, float | int | bool | str]:
+    """Dotted names of all values that are known: no nulls, no lists, no `why`, no `coverage.skipped` (layer names)."""
+    return {
+        key: value
+        for key, value in _leaves(metrics)
+        if value is not None and not isinstance(value, list) and not key.startswith(("why.", "coverage.skipped."))
+    }
+
+
+def unexplained(metrics: Mapping[str, Any]) -> list[str]:
+    """Dotted keys that are null although neither they nor a key above them has a reason under `why`."""
+    why = metrics.get("why", {})
+    return [key for key, value in _leaves(metrics) if value is None and not any(part in why for part in _above(key))]
+
+
+def _check(arms: Arms, size: Mapping[str, Any], coverage: Mapping[str, Any]) -> None:
+    unknown = [
+        *(set(arms) - set(ARMS)),
+        *(set(size) - set(SIZES)),
+        *(set(coverage) - {"quantized_fraction", "skipped"}),
+    ]
+    if unknown:
+        raise ValueError(f"not in the contract of metrics.json: {', '.join(sorted(unknown))}")
+    present = {name: scores for name, scores in arms.items() if scores is not None}
+    broken = {name: int((~np.isfinite(scores.nll)).sum()) for name, scores in present.items()}
+    if any(broken.values()):
+        raise UserError(
+            *(
+                f"{name}: the loss of {number} of {len(present[name].nll)} evaluation samples is NaN or infinite: "
+                "the model's numbers overflow; lower train.learning_rate or set quantize.dtype to float32"
+                for name, number in broken.items()
+                if number
+            )
+        )
+    tokens = [(name, scores.tokens) for name, scores in present.items()]
+    for name, own in tokens[1:]:
+        if not np.array_equal(own, tokens[0][1]):
+            raise ValueError(f"{name} and {tokens[0][0]} were not scored on the same samples: no paired comparison")
+
+
+def _arm(name: str, arms: Arms, simulated: bool) -> dict[str, Any]:
+    scores, base = arms.get(name), arms.get("base")
+    if scores is None:
+        empty = {"loss": None, "perplexity": None, "accuracy": None}
+        nothing = {"loss": dict(_NO_DIFFERENCE), "accuracy": dict(_NO_DIFFERENCE)}
+        intervals = {"loss_interval": dict(_NO_INTERVAL), "accuracy_interval": dict(_NO_INTERVAL)}
+        return {**empty, **intervals, "vs_base": nothing, "simulated": False}
+    loss, accuracy = loss_interval(scores.nll, scores.tokens).as_dict(), accuracy_interval(scores.exact).as_dict()
+    value = float(loss["value"] or 0.0)
+    return {
+        "loss": value,
+        "perplexity": math.exp(value) if value < 700 else None,  # exp overflows beyond 709
+        "accuracy": accuracy["value"],
+        "loss_interval": {"low": loss["low"], "high": loss["high"]},
+        "accuracy_interval": {"low": accuracy["low"], "high": accuracy["high"]},
+        "vs_base": _differences(scores, None if name == "base" else base),
+        "simulated": simulated and name in QUANTISED_ARMS,
+    }
+
+
+def _differences(a: ScoresLike | None, b: ScoresLike | None) -> dict[str, Any]:
+    if a is None or b is None:
+        return {"loss": dict(_NO_DIFFERENCE), "accuracy": dict(_NO_DIFFERENCE)}
+    return {
+        "loss": paired_loss_difference(a.nll, b.nll, a.tokens).as_dict(),
+        "accuracy": paired_accuracy_difference(a.exact, b.exact).as_dict(),
+    }
+
+
+def _comparison(a: str, b: str, arms: Arms, simulated: bool) -> dict[str, Any]:
+    first, second = arms.get(a), arms.get(b)
+    known = first is not None and second is not None
+    return {
+        **_differences(first, second),
+        "mcnemar_p": mcnemar(first.exact, second.exact) if first is not None and second is not None else None,
+        "simulated": simulated and known and bool({a, b} & set(QUANTISED_ARMS)),
+    }
+
+
+def _recovered(arms: Arms) -> dict[str, float | None]:
+    ptq, final, control = (arms.get(name) for name in ("ptq", "final", "control"))
+    if ptq is None or final is None or control is None or float(ptq.nll.sum()) <= float(control.nll.sum()):
+        return dict(_NO_DIFFERENCE)  # where quantisation cost nothing, there is nothing to recover
+    return recovered_interval(ptq.nll, final.nll, control.nll, ptq.tokens).as_dict()
+
+
+def _reasons(metrics: Mapping[str, Any], arms: Arms, why: Mapping[str, str]) -> dict[str, str]:
+    """The caller's reasons, then what follows from the data, for exactly the keys that are null."""
+    reasons = {**_default_reasons(metrics, arms, why), **why}
+    nulls = [key for key, value in _leaves(metrics) if value is None]
+    for key in nulls:
+        if not any(part in reasons for part in _above(key)):
+            reasons[key] = _TOO_FEW if key.endswith((".low", ".high")) else _NOT_MEASURED
+    return {key: text for key, text in reasons.items() if any(key in _above(null) for null in nulls)}
+
+
+def _default_reasons(metrics: Mapping[str, Any], arms: Arms, why: Mapping[str, str]) -> dict[str, str]:
+    absent = [name for name in ARMS if arms.get(name) is None]
+    reasons = {name: why.get(name, _NOT_MEASURED) for name in absent}
+    reasons["base.vs_base"] = "base is what the others are compared with"
+    for name in ARMS:
+        reasons[f"{name}.perplexity"] = reasons.get(name, "exp(loss) is beyond what a number holds")
+        if name != "base" and name not in absent and "base" in absent:
+            reasons[f"{name}.vs_base"] = f"base: {reasons['base']}"
+    for a, b in COMPARISONS:
+        gone = [name for name in (a, b) if name in absent]
+        if gone:
+            reasons[f"comparisons.{a}_vs_{b}"] = "; ".join(f"{name}: {reasons[name]}" for name in gone)
+    gone = [name for name in ("ptq", "final", "control") if name in absent]
+    if gone:
+        reasons["recovered"] = "; ".join(f"{name}: {reasons[name]}" for name in gone)
+    elif metrics["recovered"] is None:
+        reasons["recovered"] = "quantising the control cost no loss on these samples: there is nothing to recover"
+    unclear = "the loss that quantisation costs is not clearly above 0: the share has no bounds"
+    reasons["recovered_interval"] = reasons.get("recovered", unclear)
+    if metrics["scheme"] is None:
+        nothing = "nothing is quantised: neither qat nor quantize.scheme is set"
+        reasons |= dict.fromkeys(("scheme", "target", "train_ship_gap", "coverage.quantized_fraction"), nothing)
+    if not metrics["finish_command"]:
+        reasons["finish_command"] = "nothing is left to do"
+    if metrics["kl"]["final"] is None:
+        reasons["kl"] = reasons.get("final", _NOT_MEASURED)
+    if metrics["simulated"]:
+        written = "quantized/ is not written on this machine: the target does not run here"
+        reasons |= dict.fromkeys((f"size.{key}" for key in ("final_mib", "memory_mib", "bits_per_weight")), written)
+    return reasons
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _above(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+
+
+def _number(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise ValueError(f"metrics.json holds finite numbers only, got {value}")
+    return None if value is None else float(value)

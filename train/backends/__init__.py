@@ -1,0 +1,60 @@
+"""The seam between the pipeline and what loads and trains a model: `unsloth` (default) or `peft` (plain transformers)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from quantize.errors import UserError
+
+if TYPE_CHECKING:
+    from train.config import LoraConfig, ModelConfig
+
+
+class Backend(Protocol):
+    """What the pipeline asks of a backend."""
+
+    name: str
+
+    def load(self, folder: Path, config: ModelConfig, *, dtype: str, max_length: int, full: bool) -> Any:
+        """The model, ready for `add_lora`, or for full fine-tuning where `full`."""
+
+    def add_lora(self, model: Any, lora: LoraConfig, *, seed: int, gradient_checkpointing: bool) -> Any:
+        """The PEFT model with one LoRA adapter named "default"."""
+
+
+def pick_backend(name: str) -> Backend:
+    """Imports the backend. Unsloth patches transformers and trl, so this comes before anything that imports them.
+
+    Raises:
+        UserError: the backend is not installed or does not run here.
+    """
+    if name == "unsloth":
+        try:
+            from train.backends.unsloth import UnslothBackend
+        except (ImportError, NotImplementedError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"model.backend=unsloth does not import here ({reason}); install ongrid[unsloth] or set model.backend=peft"
+            ) from error
+        return UnslothBackend()
+    from train.backends.peft import PeftBackend
+
+    return PeftBackend()
+
+
+def initialise_adapters(model: Any, seed: int) -> None:
+    """Draws LoRA's A on the CPU from one seed, so that every backend and device starts from the same numbers.
+
+    As peft's default: Kaiming-uniform A with a = sqrt(5), that is U(-1/sqrt(I), 1/sqrt(I)); B is zero.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if ".lora_A." in name:
+            bound = parameter.shape[1] ** -0.5
+            drawn = torch.rand(parameter.shape, generator=generator) * 2 * bound - bound
+            parameter.data.copy_(drawn)
+        elif ".lora_B." in name:
+            parameter.data.zero_()

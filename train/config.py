@@ -1,0 +1,213 @@
+"""RunConfig: every setting of a run, in sections. The attribute docstrings are the help texts; imports no torch.
+
+A new option is a field here and the step that reads it. Checks that concern several fields are in `config_checks`;
+reading files and the command line is in `config_loading`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown key, no silent conversion ("8" is not 8)."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelConfig(Section):
+    """What is fine-tuned."""
+
+    id: str
+    """Hub id, local folder, path/to/file.gguf, or pypi:PACKAGE (a GGUF inside an installed package)."""
+    backend: Literal["unsloth", "peft"] = "unsloth"
+    """Who trains: unsloth (fast, CPU and CUDA) or peft (plain transformers)."""
+    architecture: str | None = None
+    """transformers' model_type (qwen3, phi3, smollm3, gemma3_text, llama): what `random` builds."""
+    random: Literal["tiny", "full"] | None = None
+    """Random weights of `architecture` in place of `id`, offline: tiny, or full = the shape in `shape`."""
+    shape: dict[str, Any] = Field(default_factory=dict)
+    """Config fields of transformers for random weights, as hidden_size or num_hidden_layers."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Weights while training; auto = bfloat16 on CUDA, float32 on CPU."""
+    load_in_4bit: bool = False
+    """QLoRA: hold the frozen weights in bitsandbytes' 4 bit while training. Not together with `qat` yet."""
+    attn_implementation: str | None = None
+    """Attention of transformers (sdpa, eager, flash_attention_2); null = its own choice."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository."""
+    trust_remote_code: bool = False
+    """Run Python code that lies beside the weights. Only for a repository that you have read."""
+
+
+class DataConfig(Section):
+    """What is learned, and what is held out."""
+
+    train: str
+    """Hub id, or a local .json, .jsonl, .csv or .parquet file."""
+    eval: str | None = None
+    """Held-out data, the same kinds; null = split off `train`, never sharing equal rows with it."""
+    subset: str | None = None
+    """Subset (configuration) of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set to train on."""
+    eval_split: str | None = None
+    """Split of a hub data set to evaluate on."""
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "auto"
+    """How the rows look; auto = found by inspection."""
+    chat_template: str | None = None
+    """A packaged template (chatml, ...) or a path to a .jinja file; null = the tokenizer's own."""
+    answers_only: bool = True
+    """Loss on the answers' tokens only, end of turn included."""
+    packing: bool = False
+    """Fill each row of `train.max_length` tokens with several samples."""
+    train_samples: int | None = Field(default=None, ge=1)
+    """Seeded choice of so many training rows; null = all."""
+    eval_samples: int = Field(default=200, ge=1)
+    """Seeded choice of so many held-out rows."""
+
+
+class LoraConfig(Section):
+    """The adapter, under peft's own names."""
+
+    r: int = Field(default=16, ge=1)
+    """Rank of the adapter."""
+    lora_alpha: int = Field(default=16, ge=1)
+    """The adapter is scaled by lora_alpha / r."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    target_modules: str | list[str] = "all-linear"
+    """Which linears get an adapter: all-linear, a list of last name parts, or a regular expression."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r)."""
+    use_dora: bool = False
+    """Weight-decomposed adapters (DoRA). Not together with `qat` yet."""
+
+
+class FakeQuantConfig(Section):
+    """How `qat` trains. Read only where `qat` is set."""
+
+    placement: Literal["inside", "outside"] = "inside"
+    """inside = fake-quantise W + s*B@A, the weight that ships; outside = W alone, as other tools do (to compare)."""
+    start: int | float = Field(default=0, ge=0)
+    """Switch fake quantisation on at this step; a fraction such as 0.2 is a share of all steps."""
+    min_coverage: float = Field(default=0.9, ge=0, le=1)
+    """Stop where a smaller share of the layers' linear weights can be quantised."""
+
+
+class TrainConfig(Section):
+    """The optimisation, under TRL's own names (SFTConfig)."""
+
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Highest learning rate."""
+    max_steps: int = Field(default=-1, ge=-1)
+    """Optimiser steps; -1 = as many as num_train_epochs gives."""
+    num_train_epochs: float = Field(default=1.0, gt=0)
+    """Passes over the training data, where max_steps is -1."""
+    per_device_train_batch_size: int = Field(default=2, ge=1)
+    """Rows at once on each device."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Batches before each optimiser step."""
+    max_length: int = Field(default=1024, ge=8)
+    """Tokens a row; longer rows are cut."""
+    lr_scheduler_type: str = "linear"
+    """Schedule of transformers: linear, cosine, constant_with_warmup, ..."""
+    warmup_steps: int | float = Field(default=0, ge=0)
+    """Steps until the highest learning rate; below 1: a share of all steps."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are clipped to this norm; 0 = never."""
+    optim: str = "adamw_torch"
+    """Optimiser of transformers: adamw_torch, adamw_8bit, ..."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    logging_steps: int = Field(default=1, ge=1)
+    """Steps between log lines."""
+    save_steps: int = Field(default=50, ge=1)
+    """Steps between checkpoints, which `--resume` starts from."""
+    report_to: str | list[str] = "none"
+    """Other trackers of transformers (tensorboard, mlflow, ...); W&B has `track.wandb`."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Any other SFTConfig field, as --train.extra.neftune_noise_alpha=5."""
+
+
+class QuantizeConfig(Section):
+    """What ships."""
+
+    scheme: str | None = None
+    """Numeric format; null = that of `qat`, and without `qat` nothing is quantised."""
+    target: str | None = None
+    """Where it runs; null = the scheme's first target that this machine runs, else its first, simulated."""
+    group_size: int | None = Field(default=None, ge=1)
+    """Weights per scale; null = the scheme's own."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """The merged weight, which fake quantisation sees too; auto = bfloat16 on CUDA, float32 on CPU."""
+
+
+class EvalConfig(Section):
+    """What is compared at the end."""
+
+    control: bool = False
+    """Train a twin without QAT too (doubles the time): what quantisation costs, and how much of it QAT recovers."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows at once."""
+    baseline_cache: bool = True
+    """Take the untouched model's scores from an earlier run with the same model, data and settings."""
+
+
+class TrackConfig(Section):
+    """Experiment tracking."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases; offline needs no account."""
+    project: str = "ongrid"
+    """W&B project."""
+    entity: str | None = None
+    """W&B user or team."""
+    group: str | None = None
+    """W&B group."""
+    tags: list[str] = Field(default_factory=list)
+    """W&B tags."""
+
+
+class RunSection(Section):
+    """Where the run lives, and its seed."""
+
+    root: str = "runs"
+    """Folder of all runs."""
+    name: str | None = None
+    """This run's folder; null = <date>_<config>_<hash>."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of the split, the order of rows, the adapter's start values and random weights."""
+
+
+class RunConfig(Section):
+    """Everything that decides a run."""
+
+    qat: str | None = None
+    """Quantisation-aware training: the scheme to train for (see `quantize schemes`); null = none."""
+    model: ModelConfig
+    data: DataConfig
+    lora: LoraConfig | None = Field(default_factory=LoraConfig)
+    """The adapter; null = full fine-tuning."""
+    fake_quant: FakeQuantConfig = Field(default_factory=FakeQuantConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    quantize: QuantizeConfig = Field(default_factory=QuantizeConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    track: TrackConfig = Field(default_factory=TrackConfig)
+    run: RunSection = Field(default_factory=RunSection)
+
+    @property
+    def scheme_name(self) -> str | None:
+        """The scheme that ships: `quantize.scheme`, else `qat`; None = nothing is quantised."""
+        return self.quantize.scheme or self.qat
+
+
+def resolved_dict(config: RunConfig) -> dict[str, Any]:
+    """Every value, JSON-ready: the content of config.resolved.json, which `load_config` reads back to an equal config."""
+    return config.model_dump(mode="json")
