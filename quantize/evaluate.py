@@ -99,7 +99,7 @@ def evaluate_model(
     exact = np.zeros(count, dtype=bool)
     kl = np.zeros(count) if reference is not None else None
     done = 0
-    for chosen, ids, attention, mask in _batches(samples, batch_size):
+    for chosen, ids, attention, mask in batches(samples, batch_size):
         ids, attention, mask = ids.to(device), attention.to(device), mask.to(device)
         positions = mask.any(0).nonzero().squeeze(1)  # (P,): where some sample has an answer token
         wanted = mask[:, positions]  # (B, P)
@@ -127,7 +127,7 @@ def _log_probs(model: nn.Module, ids: Tensor, attention: Tensor, positions: Tens
     return torch.log_softmax(output.logits.float(), dim=-1)
 
 
-def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+def batches(samples: Sequence[Sample], batch_size: int) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
     """(sample numbers, ids (B, T), attention mask, answer mask), samples of like length together."""
     order = sorted(range(len(samples)), key=lambda index: (len(samples[index].input_ids), index))
     for start in range(0, len(order), batch_size):

@@ -20,7 +20,9 @@ from quantize.errors import UserError
 Progress = Callable[[str, int, int], None]
 
 
-def run_jobs(jobs: Sequence[Mapping[str, Any]], request: Path, progress: Progress | None = None) -> list[dict[str, Any]]:
+def run_jobs(
+    jobs: Sequence[Mapping[str, Any]], request: Path, progress: Progress | None = None
+) -> list[dict[str, Any]]:
     """Runs jobs in a fresh process, in order, and returns one result a job.
 
     Args:

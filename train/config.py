@@ -142,7 +142,7 @@ class QuantizeConfig(Section):
     scheme: str | None = None
     """Numeric format; null = that of `qat`, and without `qat` nothing is quantised."""
     target: str | None = None
-    """Where it runs; null = the scheme's first target that this machine runs, else its first, simulated."""
+    """Where it runs; null = what this machine runs (an accelerator before the CPU), else the scheme's first, simulated."""
     group_size: int | None = Field(default=None, ge=1)
     """Weights per scale; null = the scheme's own."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -1,0 +1,94 @@
+"""Makes the example data: short tasks with exact answers, from reasoning-gym's generators.
+
+    pip install reasoning-gym==0.1.25
+    python examples/data/make_data.py
+
+The same version and seed give the same bytes. Prompts and answers are short, because the quickstart trains on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# task -> (what the prompt asks, settings of the generator)
+TASKS: dict[str, dict[str, Any]] = {
+    "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
+    "basic_arithmetic": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
+    "spell_backward": {"min_word_len": 3, "max_word_len": 6},
+    "letter_counting": {"min_words": 3, "max_words": 5},
+    "number_sorting": {"min_numbers": 3, "max_numbers": 5, "min_decimals": 0, "max_decimals": 0},
+    "word_sorting": {"min_words": 3, "max_words": 4},
+    "simple_equations": {"min_terms": 2, "max_terms": 2, "min_value": 1, "max_value": 20},
+    "prime_factorization": {"min_value": 4, "max_value": 2000},
+}
+LONGEST_QUESTION, LONGEST_ANSWER = 220, 40
+
+
+def rows(task: str, seed: int) -> Iterator[dict[str, Any]]:
+    """Endless rows of one task, short ones only."""
+    import reasoning_gym
+
+    block = 0
+    while True:
+        generator = reasoning_gym.create_dataset(task, size=500, seed=seed + 7919 * block, **TASKS[task])
+        for item in generator:
+            question, answer = shorten(task, item), str(item["answer"]).strip()
+            if question and len(question) <= LONGEST_QUESTION and 0 < len(answer) <= LONGEST_ANSWER:
+                messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                yield {"task": task, "messages": messages}
+        block += 1
+
+
+def shorten(task: str, item: dict[str, Any]) -> str:
+    """The question in one line; long instructions are replaced by a short one of our own."""
+    metadata, question = item["metadata"], " ".join(str(item["question"]).split())
+    if task == "number_sorting":
+        numbers = ", ".join(map(str, metadata["original_numbers"]))
+        order = "descending" if "descending" in question else "ascending"
+        return f"Sort these numbers in {order} order and answer with a list: {numbers}"
+    if task == "word_sorting":
+        order = "descending" if "descending" in question else "ascending"
+        return f"Sort these words in {order} ASCII order, comma-separated: {', '.join(metadata['original_words'])}"
+    if task == "prime_factorization":
+        return f"Write {metadata['number']} as a product of primes, factors in ascending order joined by ×."
+    return question
+
+
+def main() -> None:
+    """Writes reasoning_train.jsonl and reasoning_eval.jsonl beside this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=int, default=3000, help="training rows")
+    parser.add_argument("--eval", type=int, default=400, help="held-out rows; no prompt equals a training row's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    options = parser.parse_args()
+    streams = [rows(task, options.seed) for task in TASKS]
+    seen: set[str] = set()
+    exhausted = {index: 0 for index in range(len(streams))}
+    for name, count in (("eval", options.eval), ("train", options.train)):
+        chosen: list[dict[str, Any]] = []
+        turn = 0
+        while len(chosen) < count:
+            index = turn % len(streams)
+            turn += 1
+            # Small tasks run out of new prompts; after many repeats in a row the others take their place.
+            if exhausted[index] > 2000:
+                continue
+            row = next(streams[index])
+            while row["messages"][0]["content"] in seen and exhausted[index] <= 2000:
+                exhausted[index] += 1
+                row = next(streams[index])
+            if row["messages"][0]["content"] not in seen:
+                exhausted[index] = 0
+                seen.add(row["messages"][0]["content"])
+                chosen.append(row)
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in chosen]
+        (options.output / f"reasoning_{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The report's table as rows, and how its numbers are written: shared by report, console and trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantize.metrics import ARMS
+
+_DESCRIPTIONS = {
+    "base": "untouched",
+    "base_quantized": "untouched, quantised",
+    "control": "fine-tuned without QAT",
+    "ptq": "control, quantised after training",
+    "tuned": "this run, merged in 16 bit",
+    "final": "this run, as shipped",
+}
+_SIZE_OF = {"base": "base_mib", "control": "tuned_mib", "tuned": "tuned_mib"}  # quantised arms: final_mib, same layout
+
+
+@dataclass(frozen=True)
+class ArmRow:
+    """One line of the report's table; `vs_base` values are `{value, low, high}` with None where unknown."""
+
+    name: str
+    description: str
+    loss: float
+    loss_vs_base: Mapping[str, float | None]
+    accuracy: float
+    accuracy_vs_base: Mapping[str, float | None]
+    size_mib: float | None
+    simulated: bool
+
+
+def arm_rows(metrics: Mapping[str, Any]) -> list[ArmRow]:
+    """The arms that were measured, in the report's order."""
+    return [
+        ArmRow(
+            name=name,
+            description=_DESCRIPTIONS[name] + (" (simulated)" if metrics[name]["simulated"] else ""),
+            loss=metrics[name]["loss"],
+            loss_vs_base=metrics[name]["vs_base"]["loss"],
+            accuracy=metrics[name]["accuracy"],
+            accuracy_vs_base=metrics[name]["vs_base"]["accuracy"],
+            size_mib=metrics["size"][_SIZE_OF.get(name, "final_mib")],
+            simulated=metrics[name]["simulated"],
+        )
+        for name in ARMS
+        if metrics[name]["loss"] is not None
+    ]
+
+
+def format_loss(loss: float) -> str:
+    """Nats per answer token."""
+    return f"{loss:.4f}"
+
+
+def format_accuracy(accuracy: float) -> str:
+    """Share of exact answers in percent."""
+    return f"{accuracy:.1%}"
+
+
+def format_difference(interval: Mapping[str, float | None]) -> str:
+    """`-0.2017 [-0.2500, -0.1500]`; a dash where unknown."""
+    return _with_interval(interval, 1, 4)
+
+
+def format_points(interval: Mapping[str, float | None]) -> str:
+    """A difference of accuracies in percentage points, `+3.5 [-0.5, +7.6]`."""
+    return _with_interval(interval, 100, 1)
+
+
+def format_size(mib: float | None) -> str:
+    """MiB, a dash where unknown."""
+    return "-" if mib is None else f"{mib:,.1f}"
+
+
+def _with_interval(interval: Mapping[str, float | None], factor: float, digits: int) -> str:
+    value, low, high = interval["value"], interval["low"], interval["high"]
+    if value is None:
+        return "-"
+    bounds = "" if low is None or high is None else f" [{low * factor:+.{digits}f}, {high * factor:+.{digits}f}]"
+    return f"{value * factor:+.{digits}f}{bounds}"

@@ -1,0 +1,116 @@
+"""`quantize`: the formats and the finalize step, without training. Imports no torch until a verb needs it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantize.errors import UserError
+from quantize.schemes import SCHEMES, find_scheme
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses, runs a verb, and returns the exit code: 0, 2 (the user's input), 1 (our failure), 130 (Ctrl-C)."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    try:
+        if options.verb == "schemes":
+            _schemes()
+        else:
+            _convert(options)
+    except UserError as error:
+        if options.debug:
+            traceback.print_exc()
+        for line in error.lines:
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command starts again", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if options.debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="quantize", description="Formats and conversion of ongrid.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{schemes,convert}")
+    verbs.add_parser("schemes", help="print the formats: bits, groups, where they run, what is missing here")
+    convert = verbs.add_parser("convert", help="quantise a run's merged weights, or any checkpoint folder")
+    convert.add_argument("source", metavar="RUN_OR_FOLDER", help="run directory or name, or a transformers folder")
+    convert.add_argument("--scheme", help="format of a plain folder; a run knows its own")
+    convert.add_argument("--target", help="where it will run; default: what this machine runs")
+    convert.add_argument("--group-size", type=int, help="weights per scale; default: the scheme's own")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16"), help="weights that stay unquantised")
+    convert.add_argument("--output", type=Path, help="folder to write, for a plain folder")
+    convert.add_argument("--root", default="runs", help="where run names are looked up (default: runs)")
+    for sub in verbs.choices.values():
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _schemes() -> None:
+    from quantize.hardware import missing_for
+
+    for scheme in SCHEMES.values():
+        groups = ", ".join(map(str, scheme.group_sizes)) or "per row"
+        print(f"{scheme.name}: {scheme.summary}")
+        print(f"  {scheme.bits:g} bits; group size {scheme.group_size or 'per row'} (of {groups})")
+        for target in scheme.targets.values():
+            missing = missing_for(target)
+            print(f"  {target.name}: {'runs here' if not missing else 'missing here: ' + '; '.join(missing)}")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    source = Path(options.source)
+    run = next((path for path in (source, Path(options.root) / options.source) if (path / "manifest.json").is_file()), None)
+    if run is not None:
+        from quantize.finish import finish_run
+
+        if options.scheme:
+            raise UserError("--scheme: a run ships the scheme that it was trained for; leave it out")
+        metrics = finish_run(run, target=options.target)
+        print(f"{run / 'quantized'}: loss {metrics['final']['loss']:.4f}; the report is {run / 'report.md'}")
+        return
+    if not (source / "config.json").is_file():
+        raise UserError(f"{options.source} is neither a run nor a folder with a config.json")
+    if not options.scheme:
+        raise UserError(f"{source} is a plain checkpoint: say --scheme, one of {', '.join(SCHEMES)}")
+    _convert_folder(source, options)
+
+
+def _convert_folder(source: Path, options: argparse.Namespace) -> None:
+    from quantize.hardware import pick_target
+    from quantize.worker import run_jobs
+
+    scheme = find_scheme(options.scheme)
+    target, missing = pick_target(scheme, options.target)
+    if missing:
+        raise UserError(f"{scheme.name} for {target.name}: this machine lacks {'; '.join(missing)}")
+    output = options.output or source.with_name(f"{source.name}-{scheme.name}")
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"--output {output} exists and is not empty; name another folder")
+    job = {
+        "kind": "convert",
+        "name": "convert",
+        "source": str(source),
+        "output": str(output),
+        "scheme": scheme.name,
+        "target": target.name,
+        "group_size": scheme.pick_group_size(options.group_size),
+        "dtype": options.dtype or target.dtype or "float32",
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    (result,) = run_jobs([job], output.with_name(f"{output.name}.request.json"))
+    for path in output.parent.glob(f"{output.name}.request.*"):
+        path.unlink()
+    coverage = result["coverage"]
+    print(f"{output}: {coverage['quantized_layers']} layers, {coverage['share_of_all_weights']:.1%} of all weights")
+    for name, reason in coverage["skipped"].items():
+        print(f"  kept in 16 bit: {name} ({reason})")

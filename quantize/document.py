@@ -1,0 +1,180 @@
+"""A report's text as a list of blocks, written as Markdown or as one self-contained HTML page.
+
+Both come from the same blocks, so they cannot say different things. Everything is escaped on the way out: names of
+layers, files and models are the user's.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_CURVE_POINTS = 600  # more than the picture has pixels helps nobody and makes the page heavy
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading; level 1 is the title."""
+
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Running text; `strong` sets it apart, as a warning or the verdict."""
+
+    text: str
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Items:
+    """A bulleted list."""
+
+    texts: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Code:
+    """A command to copy."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells; columns named in `numeric` (by index) are set flush right."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numeric: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss over training steps: a picture in HTML, one line of text in Markdown."""
+
+    points: Sequence[tuple[float, float]]  # (step, loss)
+
+
+Block = Heading | Paragraph | Items | Code | Table | Curve
+
+
+def to_markdown(blocks: Sequence[Block]) -> str:
+    """GitHub-flavoured Markdown, blocks separated by blank lines."""
+    return "\n\n".join(text for text in map(_markdown, blocks) if text) + "\n"
+
+
+def to_html(title: str, blocks: Sequence[Block]) -> str:
+    """One HTML page without outside references, readable on a phone and in dark mode."""
+    body = "\n".join(text for text in map(_html, blocks) if text)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _markdown(block: Block) -> str:
+    match block:
+        case Heading(text, level):
+            return f"{'#' * level} {_escape(text)}"
+        case Paragraph(text, strong):
+            return f"**{_escape(text)}**" if strong else _escape(text)
+        case Items(texts):
+            return "\n".join(f"- {_escape(text)}" for text in texts)
+        case Code(text):
+            fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+            return f"{fence}bash\n{text}\n{fence}"
+        case Table(header, rows, numeric):
+            rules = ["---:" if column in numeric else "---" for column in range(len(header))]
+            cells = [[_escape(cell) for cell in header], rules, *([_escape(cell) for cell in row] for row in rows)]
+            return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+        case Curve(points):
+            first_last = _finite(points)[:1] + _finite(points)[-1:]
+            said = ", ".join(f"{loss:.4f} at step {step:g}" for step, loss in first_last)
+            return f"Training loss: {said} (curve in report.html)." if said else ""
+
+
+# Only what would act as Markdown: an underscore inside a word or a bracket without a target is left readable.
+_ACTIVE = re.compile(r"([\\`*<|]|^[#>]|(?<!\w)_|_(?!\w)|\](?=[(\[:]))")
+
+
+def _escape(text: str) -> str:
+    """Text as it is: no character of it starts Markdown or HTML."""
+    return _ACTIVE.sub(r"\\\1", " ".join(text.split()))
+
+
+def _html(block: Block) -> str:
+    match block:
+        case Heading(text, level):
+            return f"<h{level}>{html.escape(text)}</h{level}>"
+        case Paragraph(text, strong):
+            return f'<p class="strong">{html.escape(text)}</p>' if strong else f"<p>{html.escape(text)}</p>"
+        case Items(texts):
+            return "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in texts) + "</ul>" if texts else ""
+        case Code(text):
+            return f"<pre><code>{html.escape(text)}</code></pre>"
+        case Table(header, rows, numeric):
+            head = "".join(_cell("th", cell, column in numeric) for column, cell in enumerate(header))
+            body = "".join(
+                f"<tr>{''.join(_cell('td', cell, column in numeric) for column, cell in enumerate(row))}</tr>"
+                for row in rows
+            )
+            return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        case Curve(points):
+            return _svg(_finite(points))
+
+
+def _cell(tag: str, text: str, numeric: bool) -> str:
+    return f"<{tag}{' class=number' if numeric else ''}>{html.escape(text)}</{tag}>"
+
+
+def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [(step, loss) for step, loss in points if math.isfinite(step) and math.isfinite(loss)]
+
+
+def _svg(points: Sequence[tuple[float, float]]) -> str:
+    """The curve with its extremes written at the axes; viewBox scales it to any width."""
+    if len(points) < 2:
+        return ""
+    stride = math.ceil(len(points) / _CURVE_POINTS)
+    shown = [*points[:-1:stride], points[-1]]
+    steps, losses = [step for step, _ in shown], [loss for _, loss in shown]
+    left, top, width, height = 64.0, 12.0, 560.0, 200.0
+    x_low, x_span = steps[0], (steps[-1] - steps[0]) or 1.0
+    y_high, y_span = max(losses), (max(losses) - min(losses)) or 1.0
+    line = " ".join(
+        f"{left + width * (step - x_low) / x_span:.1f},{top + height * (y_high - loss) / y_span:.1f}"
+        for step, loss in shown
+    )
+    bottom, right = top + height, left + width
+    return (
+        f'<svg viewBox="0 0 640 250" role="img" aria-label="training loss over steps">'
+        f'<path d="M{left} {top}V{bottom}H{right}" class="axis"/><polyline points="{line}" class="curve"/>'
+        f'<text x="{left - 6}" y="{top + 4}" text-anchor="end">{y_high:.3f}</text>'
+        f'<text x="{left - 6}" y="{bottom + 4}" text-anchor="end">{min(losses):.3f}</text>'
+        f'<text x="{left}" y="{bottom + 18}">{steps[0]:g}</text>'
+        f'<text x="{right}" y="{bottom + 18}" text-anchor="end">{steps[-1]:g}</text>'
+        f'<text x="{left + width / 2}" y="{bottom + 34}" text-anchor="middle">training loss by step</text></svg>'
+    )
+
+
+_CSS = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.strong { font-weight: 600; border-left: 4px solid #4a7dbd; padding-left: .75rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #8884; text-align: left; vertical-align: top; }
+.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+pre { overflow-x: auto; padding: .75rem; background: #8882; border-radius: .25rem; }
+svg { width: 100%; height: auto; }
+svg text { font-size: 12px; fill: currentColor; }
+.axis { fill: none; stroke: currentColor; opacity: .5; } .curve { fill: none; stroke: #4a7dbd; stroke-width: 1.5; }
+"""

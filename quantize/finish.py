@@ -1,0 +1,188 @@
+"""metrics.json and the report of a run directory, from what its steps measured.
+
+`gathered.json` keeps the measurements, so that `quantize convert RUN` can finish a run on another machine and write the
+same files without the training code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantize.errors import UserError
+from quantize.metrics import build_metrics
+
+_ARMS = ("base", "base_quantized", "control", "ptq", "tuned", "final")
+_MIB = 1 << 20
+
+
+def write_report(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Writes metrics.json, report.md and report.html.
+
+    Args:
+        folder: run directory with eval/<arm>.npz.
+        gathered: measurements by step; see `train.stages.Stages.report`.
+
+    Returns:
+        The metrics and the text of report.md.
+    """
+    from quantize.evaluate import Scores
+    from quantize.report import ReportContext, render_html, render_markdown
+
+    chosen = gathered["format"]
+    wanted = set(_ARMS) if gathered["control"] else set(_ARMS) - {"control", "ptq"}
+    wanted -= set() if chosen else {"base_quantized", "ptq", "final"}
+    arms = {name: Scores.load(folder / "eval" / f"{name}.npz") for name in _ARMS if name in wanted}
+    final = gathered["final"]
+    simulated = bool(chosen and not gathered["shipped"])
+    fake = gathered["arms"].get("fake")
+    metrics = build_metrics(
+        arms=arms,
+        why=_reasons(gathered),
+        train_ship_gap=fake["loss"] - final["loss"] if fake and gathered["qat"] else None,
+        backend_gap=_backend_gap(gathered),
+        kl=final.get("kl"),
+        kl_reference=("control" if gathered["control"] else "tuned") if final else None,
+        size=_sizes(folder, gathered),
+        coverage=_coverage(gathered),
+        scheme=chosen["scheme"] if chosen else None,
+        target=chosen["target"] if chosen else None,
+        simulated=simulated,
+        missing=chosen["missing"] if chosen and simulated else (),
+        finish_command=f"quantize convert {folder} --target {chosen['target']}" if simulated else None,
+    )
+    context = ReportContext(
+        run=gathered["run"],
+        command=gathered["command"],
+        model=gathered["model"],
+        data=gathered["data"],
+        recipe=gathered["recipe"],
+        versions=gathered["versions"],
+        device=gathered["device"],
+        seconds=gathered["seconds"],
+        losses=[(step, loss) for step, loss in gathered["losses"]],
+    )
+    text = render_markdown(metrics, context)
+    write_atomically(folder / "gathered.json", json.dumps(gathered, indent=1))
+    write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False))
+    write_atomically(folder / "report.md", text)
+    write_atomically(folder / "report.html", render_html(metrics, context))
+    return metrics, text
+
+
+def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dict[str, Any]:
+    """Converts the merged weights of a finished training on this machine, reloads, evaluates, and renews the report.
+
+    Raises:
+        UserError: the run is not that far, or this machine cannot run the target.
+    """
+    from quantize.hardware import pick_target
+    from quantize.schemes import find_scheme
+    from quantize.worker import run_jobs
+
+    path = folder / "gathered.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no finished training yet; continue it with: train --resume {folder}")
+    gathered = json.loads(path.read_text(encoding="utf-8"))
+    chosen = gathered["format"]
+    if chosen is None:
+        raise UserError(f"{folder} was trained without a scheme; use: quantize convert {folder / 'merged'} --scheme NAME")
+    picked, missing = pick_target(find_scheme(chosen["scheme"]), target or chosen["target"])
+    if missing:
+        raise UserError(f"--target {picked.name}: this machine lacks {'; '.join(missing)}")
+    if gathered["qat"] and picked.name != chosen["target"]:
+        trained = find_scheme(chosen["scheme"]).find_target(chosen["target"])
+        if trained.weight is not picked.weight:
+            raise UserError(
+                f"the run was trained for {chosen['target']}, whose numbers differ from {picked.name}'s: train for that target"
+            )
+    chosen = {**chosen, "target": picked.name, "missing": []}
+    reference = folder / ("control/merged" if gathered["control"] else "merged")
+    common = {"data": str(folder / "data" / "eval.parquet"), "batch_size": gathered["batch_size"]}
+    format_job = {key: chosen[key] for key in ("scheme", "target", "group_size")}
+    evaluate = {"kind": "evaluate", "dtype": gathered["dtype"], "reference": str(reference), **common}
+    jobs: list[dict[str, Any]] = [
+        {"kind": "convert", "name": "convert", "source": str(folder / "merged"), "output": str(folder / "quantized"),
+         "dtype": gathered["dtype"], **format_job},
+        {**evaluate, "name": "fake", "model": str(folder / "merged"), "simulate": format_job,
+         "scores": str(folder / "eval" / "fake.npz")},
+        {**evaluate, "name": "final", "model": str(folder / "quantized"), "dtype": None,
+         "scores": str(folder / "eval" / "final.npz")},
+    ]  # fmt: skip
+    shipped, fake, final = run_jobs(jobs, folder / "eval" / "finish.request.json", progress)
+    gap = fake["loss"] - final["loss"]
+    if gathered["qat"] and abs(gap) > picked.max_gap_nats:
+        raise RuntimeError(f"the simulated and the shipped function differ by {gap:+.6f} nats a token; please report it")
+    gathered |= {"format": chosen, "shipped": shipped, "final": final}
+    gathered["arms"]["fake"] = fake
+    return write_report(folder, gathered)[0]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old or the new text, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def _backend_gap(gathered: Mapping[str, Any]) -> float | None:
+    plain = gathered["arms"].get("fake" if gathered["qat"] else "tuned")
+    return float(gathered["tuned"]["backend_loss"] - plain["loss"]) if plain else None
+
+
+def _coverage(gathered: Mapping[str, Any]) -> dict[str, Any]:
+    found = gathered["shipped"].get("coverage") or gathered["tuned"].get("coverage")
+    return {} if found is None else {key: found[key] for key in ("quantized_fraction", "skipped")}
+
+
+def _sizes(folder: Path, gathered: Mapping[str, Any]) -> dict[str, Any]:
+    from quantize.convert import folder_bytes
+
+    sizes: dict[str, Any] = {
+        "base_mib": gathered["baseline"]["disk_bytes"] / _MIB,
+        "tuned_mib": folder_bytes(folder / "merged") / _MIB,
+        "tuned_memory_mib": gathered["arms"]["tuned"]["memory_bytes"] / _MIB,
+    }
+    if gathered["shipped"]:
+        sizes["final_mib"] = folder_bytes(folder / "quantized") / _MIB
+        sizes["final_memory_mib"] = gathered["final"]["memory_bytes"] / _MIB
+        sizes["bits_per_weight"] = 8 * folder_bytes(folder / "quantized") / count_weights(folder / "merged")
+    return sizes
+
+
+def count_weights(folder: Path) -> int:
+    """Number of weights in a checkpoint, from the headers of its safetensors."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="np") as stored:
+            for name in stored.keys():  # noqa: SIM118  safe_open is no mapping
+                size = 1
+                for length in stored.get_slice(name).get_shape():
+                    size *= length
+                total += size
+    return total
+
+
+def _reasons(gathered: Mapping[str, Any]) -> dict[str, str]:
+    why: dict[str, str] = {}
+    if gathered["format"] is None:
+        nothing = "nothing is quantised: neither qat nor quantize.scheme is set"
+        why |= {name: nothing for name in ("base_quantized", "ptq", "final")}
+    if not gathered["control"]:
+        reason = "this run has no QAT, so tuned is the control" if not gathered["qat"] else "eval.control is false"
+        why |= {"control": reason}
+        why.setdefault("ptq", reason)
+    if not gathered["qat"]:
+        why["train_ship_gap"] = "this run has no QAT"
+    if gathered["format"] and not gathered["shipped"]:
+        missing = "; ".join(gathered["format"]["missing"])
+        why |= {key: f"this machine lacks {missing}" for key in ("size.final_mib", "size.bits_per_weight")}
+    return why

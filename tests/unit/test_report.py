@@ -1,0 +1,324 @@
+"""metrics.json's contract and the texts made from it: every null explained, no claim beyond its interval."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+
+from quantize.arms import format_difference, format_points
+from quantize.errors import UserError
+from quantize.metrics import ARMS, SIZES, build_metrics, flatten, unexplained
+from quantize.report import ReportContext, arm_rows, render_html, render_markdown, verdict
+
+CONTRACT = [
+    *(f"{arm}.{key}" for arm in ARMS for key in ("loss", "accuracy", "perplexity", "vs_base.loss.value", "simulated")),
+    *("train_ship_gap", "backend_gap", "recovered", "recovered_interval.low", "kl.final", "kl.reference"),
+    *("size.base_mib", "size.tuned_mib", "size.final_mib", "size.bits_per_weight", "size.memory_mib"),
+    *("coverage.quantized_fraction", "coverage.skipped", "scheme", "target", "simulated", "missing", "finish_command"),
+    *("comparisons.final_vs_ptq.loss.high", "comparisons.final_vs_control.mcnemar_p", "n_samples", "n_tokens", "why"),
+]
+
+
+@dataclass(frozen=True)
+class FakeScores:
+    nll: np.ndarray
+    tokens: np.ndarray
+    exact: np.ndarray
+
+
+def scores(shift: float, right: float, samples: int = 120) -> FakeScores:
+    """An arm whose loss is `shift` above a common difficulty, and whose easiest `right` share is exact."""
+    rng = np.random.default_rng(7)
+    tokens = rng.integers(2, 20, samples)
+    difficulty, noise = rng.gamma(2.0, 0.5, samples), rng.normal(0, 0.02, samples)
+    return FakeScores(tokens * (difficulty + shift + noise * shift), tokens, np.argsort(difficulty) < right * samples)
+
+
+ALL_ARMS = {
+    "base": scores(1.0, 0.1),
+    "base_quantized": scores(1.3, 0.1),
+    "control": scores(0.1, 0.6),
+    "ptq": scores(0.5, 0.3),
+    "tuned": scores(0.15, 0.6),
+    "final": scores(0.2, 0.55),
+}
+
+
+def build(**changes: Any) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "arms": ALL_ARMS,
+        "why": {},
+        "train_ship_gap": 0.0,
+        "backend_gap": -1.5e-7,
+        "kl": 0.012,
+        "kl_reference": "control",
+        "size": {
+            "base_mib": 538.0,
+            "tuned_mib": 538.1,
+            "final_mib": 236.4,
+            "memory_mib": 240.0,
+            "bits_per_weight": 8.5,
+        },
+        "coverage": {"quantized_fraction": 1.0, "skipped": {"lm_head": "kept in 16 bit by the scheme"}},
+        "scheme": "int8-int4",
+        "target": "cpu",
+        "simulated": False,
+        "missing": [],
+        "finish_command": None,
+    }
+    return build_metrics(**{**arguments, **changes})
+
+
+def nothing() -> dict[str, Any]:
+    return build(
+        arms={},
+        train_ship_gap=None,
+        backend_gap=None,
+        kl=None,
+        kl_reference=None,
+        size={},
+        coverage={},
+        scheme=None,
+        target=None,
+    )
+
+
+def simulated() -> dict[str, Any]:
+    return build(
+        simulated=True,
+        target="cuda-sm89",
+        size={"base_mib": 538.0, "tuned_mib": 538.1},
+        missing=["a GPU of compute capability 8.9 or higher"],
+        finish_command="quantize convert runs/demo --target cuda-sm89",
+    )
+
+
+def lookup(metrics: dict[str, Any], key: str) -> Any:
+    value: Any = metrics
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+@pytest.mark.parametrize("make", [build, nothing, simulated])
+def test_every_key_exists_and_every_null_has_a_reason(make: Any) -> None:
+    metrics = make()
+    for key in CONTRACT:
+        lookup(metrics, key)
+    assert unexplained(metrics) == []
+    assert all(isinstance(text, str) and text for text in metrics["why"].values())
+    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
+
+
+def test_numbers_are_those_of_the_scores() -> None:
+    metrics = build()
+    control, ptq, final = (ALL_ARMS[name] for name in ("control", "ptq", "final"))
+    assert metrics["final"]["loss"] == pytest.approx(final.nll.sum() / final.tokens.sum())
+    assert metrics["final"]["perplexity"] == pytest.approx(math.exp(metrics["final"]["loss"]))
+    assert metrics["final"]["accuracy"] == final.exact.mean()
+    expected = (ptq.nll.sum() - final.nll.sum()) / (ptq.nll.sum() - control.nll.sum())
+    assert metrics["recovered"] == pytest.approx(expected)
+    assert metrics["recovered_interval"]["low"] < expected < metrics["recovered_interval"]["high"]
+    difference = metrics["comparisons"]["final_vs_ptq"]["loss"]["value"]
+    assert difference == pytest.approx(metrics["final"]["loss"] - metrics["ptq"]["loss"])
+    assert metrics["final"]["vs_base"] == {
+        key: metrics["comparisons"]["final_vs_base"][key] for key in ("loss", "accuracy")
+    }
+    assert (metrics["n_samples"], metrics["n_tokens"]) == (120, int(final.tokens.sum()))
+
+
+def test_the_same_scores_give_the_same_metrics() -> None:
+    assert build() == build()
+
+
+def test_an_absent_arm_explains_all_that_depends_on_it() -> None:
+    why = {"control": "eval.control is false", "ptq": "eval.control is false"}
+    arms = {name: ALL_ARMS[name] for name in ("base", "tuned", "final")}
+    metrics = build(arms=arms, why=why)
+    assert metrics["control"]["loss"] is None
+    assert metrics["why"]["control"] == "eval.control is false"
+    assert "eval.control is false" in metrics["why"]["recovered"]
+    assert "eval.control is false" in metrics["why"]["comparisons.final_vs_ptq"]
+    assert metrics["comparisons"]["final_vs_tuned"]["loss"]["value"] is not None
+    assert "control: eval.control is false" in render_markdown(metrics, ReportContext(run="x"))
+
+
+def test_a_reason_is_dropped_where_the_number_exists() -> None:
+    assert "final" not in build(why={"final": "not asked for"})["why"]
+
+
+def test_simulation_is_marked_where_it_was_used() -> None:
+    metrics = simulated()
+    assert {name for name in ARMS if metrics[name]["simulated"]} == {"base_quantized", "ptq", "final"}
+    assert metrics["comparisons"]["final_vs_base"]["simulated"]
+    assert metrics["kl"]["simulated"]
+    assert metrics["size"]["final_mib"] is None
+    assert "does not run here" in metrics["why"]["size.final_mib"]
+    assert not any(metrics[name]["simulated"] for name in ("base", "control", "tuned"))
+
+
+def test_nothing_to_recover_is_null_with_a_reason() -> None:
+    metrics = build(arms={**ALL_ARMS, "ptq": ALL_ARMS["control"]})
+    assert metrics["recovered"] is None
+    assert "nothing to recover" in metrics["why"]["recovered"]
+
+
+def test_one_sample_has_numbers_but_no_intervals() -> None:
+    metrics = build(arms={name: scores(0.1 * number, 1.0, samples=1) for number, name in enumerate(ARMS)})
+    assert metrics["final"]["loss"] is not None
+    assert metrics["final"]["loss_interval"] == {"low": None, "high": None}
+    assert unexplained(metrics) == []
+    assert "cannot tell" in verdict(metrics)[0]
+
+
+def test_bad_arguments_are_refused() -> None:
+    bad = FakeScores(np.array([math.nan, 1.0, math.inf]), np.array([1, 1, 1]), np.array([False] * 3))
+    with pytest.raises(UserError, match="final: the loss of 2 of 3"):
+        build(arms={"final": bad})
+    with pytest.raises(ValueError, match="same samples"):
+        build(arms={"base": scores(0.1, 0.1, 10), "final": scores(0.1, 0.1, 11)})
+    with pytest.raises(ValueError, match="finall"):
+        build(arms={"finall": ALL_ARMS["final"]})
+    with pytest.raises(ValueError, match="final_mb"):
+        build(size={"final_mb": 3.0})
+    with pytest.raises(ValueError, match="finite"):
+        build(train_ship_gap=math.nan)
+
+
+def test_flatten_gives_dotted_scalars() -> None:
+    flat = flatten(build())
+    assert flat["final.loss"] == build()["final"]["loss"]
+    assert flat["size.final_mib"] == 236.4
+    assert flat["comparisons.final_vs_ptq.loss.high"] < 0
+    assert all(isinstance(value, float | int | bool | str) for value in flat.values())
+    assert not any(key.startswith(("why", "coverage.skipped")) for key in flat)
+    assert "final.loss" not in flatten(nothing())
+    assert {f"size.{key}" for key in SIZES} <= set(flat)
+
+
+def test_verdict_claims_a_clear_difference() -> None:
+    first = verdict(build())[0]
+    assert first.startswith(
+        "The shipped model (final) has a lower loss than the control quantised after training (ptq)"
+    )
+    assert any("is recovered (95% interval" in sentence for sentence in verdict(build()))
+    worse = verdict(build(arms={**ALL_ARMS, "final": scores(0.9, 0.1)}))
+    assert worse[0].startswith("The shipped model (final) has a higher loss than")
+
+
+def test_verdict_does_not_claim_what_the_interval_does_not_show() -> None:
+    ptq, rng = ALL_ARMS["ptq"], np.random.default_rng(1)
+    close = FakeScores(ptq.nll + rng.normal(0, 3, len(ptq.nll)), ptq.tokens, ptq.exact)
+    metrics = build(arms={**ALL_ARMS, "final": close})
+    low, high = (metrics["comparisons"]["final_vs_ptq"]["loss"][key] for key in ("low", "high"))
+    assert low < 0 < high
+    sentences = verdict(metrics)
+    assert "these samples cannot tell" in sentences[0]
+    assert sentences[1].startswith("No difference in exact answers is shown")
+    assert not re.search(r"lower|higher|fewer|more exact", " ".join(sentences[:2]))
+
+
+def test_verdict_warns_of_few_samples_and_of_simulation() -> None:
+    few = build(arms={name: scores(shift, 0.5, 12) for name, shift in (("base", 1.0), ("final", 0.2))})
+    assert "rough" in verdict(few)[-1]
+    assert "(final, simulated)" in verdict(simulated())[0]
+    assert verdict(nothing()) == ["Nothing was compared in this run."]
+
+
+def test_gap_of_zero_is_equal_to_the_last_bit_and_others_are_numbers() -> None:
+    text = render_markdown(build(), ReportContext(run="x"))
+    assert "trained function minus shipped function: 0 (equal to the last bit)" in text
+    assert "training backend's graph minus plain graph: -1.5e-07 nats" in text
+    tiny = render_markdown(build(train_ship_gap=1e-300), ReportContext(run="x"))
+    assert tiny.count("equal to the last bit") == 0
+
+
+def test_all_rows_and_both_intervals_are_in_the_table() -> None:
+    metrics = build()
+    text = render_markdown(metrics, ReportContext(run="x"))
+    lines = [line for line in text.splitlines() if line.startswith("| ") and line.split()[1] in ARMS]
+    assert [line.split()[1] for line in lines] == list(ARMS)
+    for row, line in zip(arm_rows(metrics), lines, strict=True):
+        assert f"{row.loss:.4f}" in line
+        assert format_difference(row.loss_vs_base) in line
+        assert format_points(row.accuracy_vs_base) in line
+
+
+def test_a_simulated_report_ends_with_the_finishing_command() -> None:
+    text = render_markdown(simulated(), ReportContext(run="demo"))
+    assert text.rstrip().endswith("```bash\nquantize convert runs/demo --target cuda-sm89\n```")
+    assert "a GPU of compute capability 8.9" in text
+    assert "this run, as shipped (simulated)" in text
+    assert "What is missing" not in render_markdown(build(), ReportContext(run="demo"))
+
+
+def test_almost_everything_is_not_everything() -> None:
+    text = render_markdown(build(coverage={"quantized_fraction": 0.9999}), ReportContext(run="x"))
+    assert "99.9% of the layers' weights" in text
+
+
+class _Checker(HTMLParser):
+    """Collects tags and text; refuses unbalanced tags and references to the outside."""
+
+    void = frozenset({"meta", "path", "polyline"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert not {"src", "href"} & {name for name, _ in attrs}
+        self.seen.append(tag)
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.void:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_html_is_one_balanced_page_with_the_curve_and_the_same_words() -> None:
+    losses = [(step, 3.0 - 0.001 * step) for step in range(1, 2000)] + [(2000, math.nan)]
+    context = ReportContext(run="demo", recipe={"lora": {"r": 16}}, versions={"torch": "2.13.0"}, losses=losses)
+    page = render_html(build(), context)
+    checker = _Checker()
+    checker.feed(page)
+    assert checker.open == []
+    assert "svg" in checker.seen
+    assert "nan" not in re.search(r'points="([^"]*)"', page)[1]  # type: ignore[index]
+    assert len(page) < 60_000
+    assert "width=device-width" in page
+    for sentence in verdict(build()):
+        assert sentence in checker.text
+    assert "lora.r" in checker.text
+
+
+def test_names_of_the_user_are_text_not_markup() -> None:
+    coverage = {"quantized_fraction": 0.5, "skipped": {"<script>alert(1)</script>|x": "a `reason` [l](u)"}}
+    context = ReportContext(run="<b>run</b>", command="train --config a.yaml # ```", model="a|b")
+    page, text = render_html(build(coverage=coverage), context), render_markdown(build(coverage=coverage), context)
+    assert "<script>" not in page
+    assert "<b>" not in page
+    assert r"\<script>" in text
+    assert r"\`reason\` [l\](u)" in text
+    assert r"a\|b" in text
+    assert "````bash\ntrain --config a.yaml # ```\n````" in text
+    assert "int8-int4" in text
+
+
+def test_an_empty_run_still_renders() -> None:
+    for text in (render_markdown(nothing(), ReportContext(run="x")), render_html(nothing(), ReportContext(run="x"))):
+        assert "No arm was evaluated" in text
+        assert "None" not in text

@@ -1,0 +1,265 @@
+"""Checks that concern several settings. Each finds all its problems; nothing is loaded, not even torch or trl."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantize.errors import UserError
+from quantize.schemes import find_scheme
+from train.config import RunConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Settings that do not go together.
+
+    Attributes:
+        keys: the dotted keys that are read; where they were given is put behind the text.
+        text: what is wrong and what to do.
+    """
+
+    keys: tuple[str, ...]
+    text: str
+
+
+_OWN_ELSEWHERE = {
+    "assistant_only_loss": "data.answers_only",
+    "bf16": "model.dtype",
+    "chat_template_path": "data.chat_template",
+    "completion_only_loss": "data.answers_only",
+    "data_seed": "run.seed",
+    "eval_packing": "data.packing",
+    "fp16": "model.dtype",
+    "logging_dir": "run.root and run.name",
+    "max_seq_length": "train.max_length",
+    "model_init_kwargs": "the `model` section",
+    "output_dir": "run.root and run.name",
+    "packing": "data.packing",
+    "per_device_eval_batch_size": "eval.batch_size",
+    "resume_from_checkpoint": "train --resume RUN",
+    "run_name": "run.name",
+    "seed": "run.seed",
+    "trust_remote_code": "model.trust_remote_code",
+}
+"""SFTConfig fields that ongrid sets itself, and the key or option to use."""
+
+
+def find_problems(config: RunConfig) -> list[Problem]:
+    """Everything in the config that contradicts itself."""
+    checks = (_scheme, _qat, _four_bit, _random, _steps, _tracking, _names, _extra, _choices)
+    return [problem for check in checks for problem in check(config)]
+
+
+def check_config(config: RunConfig) -> None:
+    """The same for a config that was built in Python (`load_config` has already done it).
+
+    Raises:
+        UserError: with one line a problem.
+    """
+    problems = find_problems(config)
+    if problems:
+        raise UserError(*(problem.text for problem in problems))
+
+
+def check_extra(config: RunConfig) -> None:
+    """Checks `train.extra` against the fields of the installed SFTConfig.
+
+    Raises:
+        UserError: with one line a key that is unknown, or that ongrid sets from a key of its own.
+    """
+    problems = list(_extra(config))
+    if problems:
+        raise UserError(*(problem.text for problem in problems))
+
+
+def _scheme(config: RunConfig) -> Iterator[Problem]:
+    asked = config.quantize
+    if config.qat and asked.scheme and config.qat != asked.scheme:
+        text = (
+            f"qat={config.qat} trains for another format than quantize.scheme={asked.scheme} ships; "
+            "make them equal, or leave quantize.scheme out"
+        )
+        yield Problem(("qat", "quantize.scheme"), text)
+    for key, name in (("qat", config.qat), ("quantize.scheme", asked.scheme)):
+        if name is None or (key == "quantize.scheme" and name == config.qat):
+            continue
+        try:
+            scheme = find_scheme(name)
+        except UserError as error:
+            yield Problem((key,), f"{key}: {error}")
+            continue
+        try:
+            scheme.pick_group_size(asked.group_size)
+        except UserError as error:
+            yield Problem((key, "quantize.group_size"), str(error))
+        try:
+            targets = [scheme.find_target(asked.target)] if asked.target else list(scheme.targets.values())
+        except UserError as error:
+            yield Problem((key, "quantize.target"), str(error))
+            continue
+        wanted = {target.dtype for target in targets}
+        if asked.dtype != "auto" and None not in wanted and asked.dtype not in wanted:
+            text = f"{name} needs quantize.dtype={' or '.join(sorted(filter(None, wanted)))}, not {asked.dtype}"
+            yield Problem((key, "quantize.target", "quantize.dtype"), text)
+    if config.scheme_name is None:
+        for key, value in (("target", asked.target), ("group_size", asked.group_size)):
+            if value is not None:
+                text = f"quantize.{key}={value} has no meaning without a scheme; set qat or quantize.scheme"
+                yield Problem((f"quantize.{key}",), text)
+
+
+def _qat(config: RunConfig) -> Iterator[Problem]:
+    if config.qat is None:
+        return
+    if config.model.load_in_4bit:
+        text = (
+            "model.load_in_4bit is not supported together with qat yet: the frozen weights would be rounded twice; "
+            "train with model.load_in_4bit=false, or without qat and with quantize.scheme"
+        )
+        yield Problem(("qat", "model.load_in_4bit"), text)
+    inside = config.fake_quant.placement == "inside"
+    if config.lora is None:
+        if not inside:
+            text = "fake_quant.placement=outside has no meaning with lora=null: there is no adapter to leave outside"
+            yield Problem(("fake_quant.placement", "lora"), text)
+        return
+    if config.lora.use_dora:
+        text = "lora.use_dora is not supported together with qat yet; set lora.use_dora=false"
+        yield Problem(("qat", "lora.use_dora"), text)
+    if inside and config.lora.lora_dropout > 0:
+        text = (
+            "lora.lora_dropout has no meaning inside the fake quantiser, which sees W + s*B@A as one weight; "
+            "set lora.lora_dropout=0, or fake_quant.placement=outside"
+        )
+        yield Problem(("qat", "lora.lora_dropout", "fake_quant.placement"), text)
+
+
+def _four_bit(config: RunConfig) -> Iterator[Problem]:
+    if config.model.load_in_4bit and config.lora is None:
+        text = "model.load_in_4bit cannot be fully fine-tuned (4-bit weights have no gradient); set `lora`"
+        yield Problem(("model.load_in_4bit", "lora"), text)
+
+
+def _random(config: RunConfig) -> Iterator[Problem]:
+    model = config.model
+    if model.random and not model.architecture:
+        text = f"model.random={model.random} needs model.architecture (qwen3, phi3, smollm3, gemma3_text, llama)"
+        yield Problem(("model.random", "model.architecture"), text)
+    if model.random == "full" and not model.shape:
+        text = "model.random=full needs model.shape, as --model.shape.hidden_size=2048 --model.shape.num_hidden_layers=28"
+        yield Problem(("model.random", "model.shape"), text)
+    if model.shape and not model.random:
+        text = "model.shape is read only with model.random; set model.random=full, or leave the shape out"
+        yield Problem(("model.shape", "model.random"), text)
+    if model.id == "random" and not model.random:
+        text = "model.id=random needs model.random=tiny or full; else give a hub id, a folder or a .gguf file"
+        yield Problem(("model.id", "model.random"), text)
+
+
+def _steps(config: RunConfig) -> Iterator[Problem]:
+    start, steps, warmup = config.fake_quant.start, config.train.max_steps, config.train.warmup_steps
+    if steps == 0:
+        text = "train.max_steps=0 trains nothing; use -1 for whole epochs, or `quantize convert MODEL` to quantise only"
+        yield Problem(("train.max_steps",), text)
+    if isinstance(start, float) and start >= 1:
+        text = f"fake_quant.start={start} is no fraction below 1; write {start:.0f} for a step"
+        yield Problem(("fake_quant.start",), text)
+    elif config.qat and isinstance(start, int) and 0 < steps <= start:
+        text = f"fake_quant.start={start} is never reached: train.max_steps={steps}"
+        yield Problem(("fake_quant.start", "train.max_steps", "qat"), text)
+    if 0 < steps < warmup:
+        text = f"train.warmup_steps={warmup} is more than train.max_steps={steps}"
+        yield Problem(("train.warmup_steps", "train.max_steps"), text)
+
+
+def _tracking(config: RunConfig) -> Iterator[Problem]:
+    reports = config.train.report_to
+    if config.track.wandb != "off" and not {"wandb", "all"}.isdisjoint([reports] if isinstance(reports, str) else reports):
+        text = "train.report_to names wandb beside track.wandb: two W&B runs; take wandb out of train.report_to"
+        yield Problem(("train.report_to", "track.wandb"), text)
+
+
+def _names(config: RunConfig) -> Iterator[Problem]:
+    name = config.run.name
+    if name is not None and (not name.strip() or "/" in name or "\\" in name or name in (".", "..")):
+        yield Problem(("run.name",), f"run.name={name!r} is no folder name; a path to the folder of all runs is run.root")
+    for key in ("id", "architecture"):
+        value = getattr(config.model, key)
+        if value is not None and not value.strip():
+            yield Problem((f"model.{key}",), f"model.{key} is empty")
+    if not config.data.train.strip():
+        yield Problem(("data.train",), "data.train is empty; give a hub id or a file")
+
+
+def _extra(config: RunConfig) -> Iterator[Problem]:
+    known: frozenset[str] | None = None
+    for name in config.train.extra:
+        key = f"train.extra.{name}"
+        if name in TrainConfig.model_fields:
+            yield Problem((key,), f"{key} has a key of its own; use train.{name}")
+            continue
+        if name in _OWN_ELSEWHERE:
+            yield Problem((key,), f"{key} is set by ongrid; use {_OWN_ELSEWHERE[name]}")
+            continue
+        known = known if known is not None else sft_fields()
+        if known and name not in known:
+            near = difflib.get_close_matches(name, known - {"extra"}, n=1)
+            where = "train" if near and near[0] in TrainConfig.model_fields else "train.extra"
+            hint = f"; did you mean {where}.{near[0]}?" if near else ""
+            yield Problem((key,), f"{key} is no field of trl's SFTConfig{hint}")
+
+
+def _choices(config: RunConfig) -> Iterator[Problem]:
+    """The names that transformers would refuse only once the model is loaded."""
+    for name, enum in (("lr_scheduler_type", "SchedulerType"), ("optim", "OptimizerNames")):
+        value: str = getattr(config.train, name)
+        if value == getattr(TrainConfig.model_fields[name], "default", None):
+            continue
+        known = _enum_values(enum)
+        if known and value not in known:
+            near = difflib.get_close_matches(value, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            yield Problem((f"train.{name}",), f"train.{name}={value} is unknown; {hint}choose from {', '.join(known)}")
+
+
+def sft_fields() -> frozenset[str]:
+    """The field names of the installed SFTConfig and its bases; empty where trl is not installed.
+
+    Read from the source text: importing trl takes seconds and torch, and must not come before unsloth.
+    """
+    bodies = [
+        _class_body("trl", "trainer/sft_config.py", "SFTConfig"),
+        _class_body("trl", "trainer/base_config.py", "_BaseConfig"),
+        _class_body("transformers", "training_args.py", "TrainingArguments"),
+    ]
+    if not all(bodies):
+        return frozenset()  # another layout of these packages: SFTConfig itself will check
+    return frozenset(
+        node.target.id
+        for body in bodies
+        for node in body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and not node.target.id.startswith("_")
+    )
+
+
+def _enum_values(name: str) -> list[str]:
+    files = ("training_args.py", "trainer_utils.py")
+    body = next((body for file in files if (body := _class_body("transformers", file, name))), [])
+    return [
+        str(node.value.value) for node in body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+    ]
+
+
+def _class_body(package: str, file: str, name: str) -> list[ast.stmt]:
+    try:
+        spec = importlib.util.find_spec(package)
+        assert spec is not None and spec.origin is not None
+        tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
+    except (ImportError, AssertionError, OSError, SyntaxError, ValueError):
+        return []
+    return next((node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), [])

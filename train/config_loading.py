@@ -1,0 +1,285 @@
+"""Finds, reads, merges and validates a config; everything that is wrong with it is reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from quantize.errors import UserError
+from train.config import RunConfig
+from train.config_checks import find_problems
+from train.config_values import Override, PlainLoader, annotation_at, keys_of, kinds_of, parse_options, section_of
+
+HOME = Path(__file__).resolve().parent.parent
+"""The folder that holds the packages, `configs/` and `examples/`, in a clone as in an installed wheel."""
+_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+_COMPARISONS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+
+
+def find_config(name: str) -> Path:
+    """The file of a config: `name` as a path, else a packaged config, with or without ".yaml".
+
+    Raises:
+        UserError: there is none; lists the packaged ones.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    packaged = {file.name: file for file in sorted((HOME / "configs").glob("*.yaml"))}
+    for candidate in (name, f"{name}.yaml"):
+        if candidate in packaged:
+            return packaged[candidate]
+    if path.is_dir():
+        resolved = path / "config.resolved.json"
+        hint = f"to repeat it: --config {resolved}; to continue it: --resume {name}" if resolved.is_file() else "give a file"
+        raise UserError(f"--config {name} is a folder; {hint}")
+    near = difflib.get_close_matches(path.name, packaged, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"--config {name}: no such file; {hint}packaged configs: {', '.join(packaged) or 'none'}")
+
+
+def load_config(path_or_name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file or a config.resolved.json, and puts the command line's options over it.
+
+    Args:
+        path_or_name: as in `find_config`.
+        overrides: options as typed, as ["--qat", "int8-int4", "--train.max-steps=8"].
+
+    Raises:
+        UserError: one line for each thing that is wrong, with the file and line or the option as typed.
+    """
+    file = find_config(str(path_or_name))
+    values, origins = read_file(file)
+    options, errors = parse_options(RunConfig, overrides)
+    for option in options:
+        error = _put(values, option)
+        if error:
+            errors.append(error)
+        else:
+            origins[option.path] = option.option
+    for name, field in RunConfig.model_fields.items():
+        if section_of(field.annotation) and values.get(name) is None and type(None) not in kinds_of(field.annotation):
+            values[name] = {}  # a section without a key under it
+    return _validated(values, _Origins(str(file), origins), errors)
+
+
+def read_file(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
+    """The mapping in a YAML or JSON file, and where each of its keys stands ("sft.yaml:12").
+
+    Raises:
+        UserError: unreadable, malformed, a key given twice, or no mapping.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text, object_pairs_hook=_unique) if file.suffix == ".json" else yaml.load(text, PlainLoader)
+        tree = None if file.suffix == ".json" else yaml.compose(text, PlainLoader)
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text, so no YAML") from error
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{file}{line}: malformed YAML: {error.problem or error.context}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: malformed JSON: {error.msg}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        what = "is empty" if values is None else f"holds {_shown(values)}"
+        raise UserError(f"{file}: {what}; expected sections such as `model:` and `data:`")
+    return values, dict(_lines(tree, file, ())) if tree is not None else {}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key `{next(name for name in names if names.count(name) > 1)}` is given twice")
+    return values
+
+
+def _lines(node: yaml.Node, file: Path, prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            path = (*prefix, str(key.value))
+            yield path, f"{file}:{key.start_mark.line + 1}"
+            yield from _lines(value, file, path)
+
+
+def _put(values: dict[str, Any], option: Override) -> str | None:
+    """Merges one option into the values; says why where it cannot."""
+    for depth, key in enumerate(option.path[:-1]):
+        below = values.get(key)
+        if below is None:
+            below = values[key] = {}
+        if not isinstance(below, dict):
+            return f"{option.option}: `{'.'.join(option.path[: depth + 1])}` has no keys"
+        values = below
+    last = option.path[-1]
+    old, is_section = values.get(last), False
+    try:
+        is_section = section_of(annotation_at(RunConfig, option.path)) is not None
+    except KeyError:
+        pass  # reported as unknown once everything is merged
+    merges = is_section and isinstance(old, dict) and isinstance(option.value, dict)
+    values[last] = {**old, **option.value} if merges and old else option.value
+    return None
+
+
+class _Origins:
+    """Where each value came from, for messages."""
+
+    def __init__(self, file: str, known: Mapping[tuple[str, ...], str]) -> None:
+        self.file, self.known = file, known
+
+    def option(self, path: Sequence[str]) -> str | None:
+        """The option that set this key or a section above it, as typed."""
+        below = (text for key, text in self.known.items() if key[: len(path)] == tuple(path) and text.startswith("--"))
+        nearest = self.place(path)
+        return nearest if nearest.startswith("--") else next(below, None) if nearest == self.file else None
+
+    def place(self, path: Sequence[str]) -> str:
+        """The file and line, or the option."""
+        prefixes = (tuple(path[:length]) for length in range(len(path), 0, -1))
+        return next((self.known[prefix] for prefix in prefixes if prefix in self.known), self.file)
+
+
+def _validated(values: dict[str, Any], origins: _Origins, errors: list[str]) -> RunConfig:
+    """Validates, and where single values are wrong validates the rest too, so that every error is seen at once."""
+    lines, bad = list(errors), set[tuple[str, ...]]()
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        for path, kind in _distinct(error):
+            bad.add(path)
+            lines.append(_describe_error(path, kind, values, origins))
+        config = _without(values, bad)
+    for problem in find_problems(config):
+        if not any(_overlap(tuple(key.split(".")), path) for key in problem.keys for path in bad):
+            places = dict.fromkeys(origins.place(key.split(".")) for key in problem.keys)
+            given = [place for place in places if place != origins.file] or [origins.file]
+            lines.append(f"{problem.text} ({', '.join(given)})")
+    if lines:
+        raise UserError(*lines)
+    return _with_packaged_data(config)
+
+
+def _distinct(error: ValidationError) -> list[tuple[tuple[str, ...], str]]:
+    """(key, error type), one per key: pydantic gives one error for each member of a union."""
+    found: dict[tuple[str, ...], str] = {}
+    for item in error.errors(include_url=False):
+        path: tuple[str, ...] = ()
+        for part in item["loc"]:
+            try:
+                annotation_at(RunConfig, (*path, str(part)))
+            except KeyError:
+                if item["type"] == "extra_forbidden":
+                    path = (*path, str(part))
+                break  # an index, or the name of a union's member
+            path = (*path, str(part))
+        found.setdefault(path, item["type"])
+    return list(found.items())
+
+
+def _without(values: dict[str, Any], bad: set[tuple[str, ...]]) -> RunConfig:
+    """A config of the values that are right, with stand-ins for what must be given."""
+    values = json.loads(json.dumps(values, default=str))
+    for *above, last in sorted(bad, key=len, reverse=True):
+        section: Any = values
+        for key in above:
+            section = section.get(key) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section.pop(last, None)
+    for section_name, key in (("model", "id"), ("data", "train")):
+        section = values.setdefault(section_name, {})
+        section.setdefault(key, "unknown")
+    return RunConfig.model_validate(values)
+
+
+def _overlap(key: tuple[str, ...], path: tuple[str, ...]) -> bool:
+    shared = min(len(key), len(path))
+    return key[:shared] == path[:shared]
+
+
+def _describe_error(path: tuple[str, ...], kind: str, values: Any, origins: _Origins) -> str:
+    name, option = ".".join(path), origins.option(path)
+    if kind == "extra_forbidden":
+        near = did_you_mean(name)
+        if option:
+            key, _, _ = option.partition("=")
+            return f"unknown option {key.split()[0]}" + (f"; did you mean --{near}?" if near else "; see --help")
+        return f"unknown key `{name}` in {origins.place(path)}" + (f"; did you mean `{near}`?" if near else "; see --help")
+    expected = expected_at(path)
+    if kind == "missing":
+        return f"`{name}` is missing in {origins.file}; expected {expected}; or give --{name}=..."
+    value = values
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    near_value = _near_choice(path, value)
+    hint = f"; did you mean {near_value}?" if near_value else ""
+    if option:
+        return f"{option}: expected {expected}{hint}"
+    return f"`{name}` in {origins.place(path)} is {_shown(value)}; expected {expected}{hint}"
+
+
+def did_you_mean(name: str) -> str | None:
+    """The known key that `name` is most likely meant to be."""
+    keys = list(keys_of(RunConfig))
+    leaf = name.rpartition(".")[2]
+    same_leaf = [key for key in keys if key.rpartition(".")[2] == leaf]
+    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.75)
+    if not near and not same_leaf:
+        by_leaf = {key.rpartition(".")[2]: key for key in reversed(keys)}
+        near = [by_leaf[match] for match in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8)]
+    return (same_leaf or near or [None])[0]
+
+
+def expected_at(path: Sequence[str]) -> str:
+    """What a key takes, in words: "a whole number >= 1, or null"."""
+    if not path:
+        return "sections with keys"
+    section = section_of(annotation_at(RunConfig, path[:-1]))
+    field = section.model_fields[path[-1]] if section is not None else FieldInfo(annotation=Any)
+    words = [word for kind in kinds_of(field.annotation) if (word := _word(kind))]
+    if {"a whole number", "a number"} <= set(words):
+        words.remove("a whole number")
+    bounds = [f"{sign} {bound}" for item in field.metadata for name, sign in _COMPARISONS if (bound := getattr(item, name, None)) is not None]
+    text = " or ".join(words) + (" " + " and ".join(bounds) if bounds else "")
+    return f"{text}, or null" if type(None) in kinds_of(field.annotation) else text
+
+
+def _word(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return "a section with keys"
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): ""}
+    return names.get(kind, "a list of texts" if get_origin(kind) is list else "keys with values")
+
+
+def _near_choice(path: Sequence[str], value: Any) -> str | None:
+    choices = [str(c) for kind in kinds_of(annotation_at(RunConfig, path)) if get_origin(kind) is Literal for c in get_args(kind)]
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    return near[0] if near else None
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _with_packaged_data(config: RunConfig) -> RunConfig:
+    """Packaged configs name packaged data (`examples/data/...`): found beside the packages where the working folder lacks it."""
+    found = {}
+    for key in ("train", "eval"):
+        name = getattr(config.data, key)
+        if name and name.endswith(_DATA_SUFFIXES) and not Path(name).exists() and (HOME / name).is_file():
+            found[key] = str(HOME / name)
+    return config.model_copy(update={"data": config.data.model_copy(update=found)}) if found else config

@@ -1,0 +1,282 @@
+"""One fine-tuning: model and adapters through a backend, fake quantisation, TRL's trainer, checkpoints, resume."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qat.prepare import Prepared, prepare_qat
+from quantize.errors import UserError
+from quantize.evaluate import Sample, batches
+from quantize.schemes import Scheme, Target
+from train.backends import Backend, initialise_adapters
+
+if TYPE_CHECKING:
+    from train.config import RunConfig
+
+OnStep = Callable[[int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QatPlan:
+    """The format to train for. `dtype` is that of the merged weight ("float32", "bfloat16")."""
+
+    scheme: Scheme
+    target: Target
+    group_size: int | None
+    dtype: str
+
+
+@dataclass(kw_only=True)
+class Learner:
+    """A model in training form, with or without fake quantisation."""
+
+    model: Any
+    prepared: Prepared | None
+
+
+def build_learner(
+    config: RunConfig, backend: Backend, folder: Path, plan: QatPlan | None, *, dtype: str, adapter: Path | None = None
+) -> Learner:
+    """Loads the model, adds LoRA and fake quantisation.
+
+    Args:
+        folder: the model as resolved.
+        plan: None trains without fake quantisation.
+        dtype: dtype of the weights in training.
+        adapter: weights of a finished fit to load.
+    """
+    import torch
+
+    source = folder if adapter is None or config.lora is not None else adapter
+    model = backend.load(
+        source, config.model, dtype=dtype, max_length=config.train.max_length, full=config.lora is None
+    )
+    if config.lora is not None:
+        model = backend.add_lora(
+            model, config.lora, seed=config.run.seed, gradient_checkpointing=config.train.gradient_checkpointing
+        )
+        initialise_adapters(model, config.run.seed)
+        if adapter is not None:
+            _load_adapter(model, adapter)
+    elif config.train.gradient_checkpointing and backend.name == "peft":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    prepared = None
+    if plan is not None:
+        prepared = prepare_qat(
+            model,
+            plan.scheme,
+            target=plan.target,
+            group_size=plan.group_size,
+            dtype=getattr(torch, plan.dtype),
+            placement=config.fake_quant.placement,
+        )
+        share = prepared.coverage.quantized_fraction
+        if share < config.fake_quant.min_coverage:
+            first = "; ".join(f"{name}: {reason}" for name, reason in list(prepared.coverage.skipped.items())[:3])
+            raise UserError(
+                f"{plan.scheme.name} reaches {share:.1%} of the linear weights, below fake_quant.min_coverage="
+                f"{config.fake_quant.min_coverage} ({first}); choose another quantize.group_size or lower the bound"
+            )
+    return Learner(model=model, prepared=prepared)
+
+
+def save_adapter(learner: Learner, folder: Path) -> None:
+    """Writes the adapter (peft's format), or the full weights where there is none."""
+    learner.model.save_pretrained(folder)
+
+
+def _load_adapter(model: Any, folder: Path) -> None:
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    assert not result.unexpected_keys, f"{folder} holds weights that this model lacks: {result.unexpected_keys[:3]}"
+
+
+def fit(
+    learner: Learner,
+    config: RunConfig,
+    tokenizer: Any,
+    dataset: Any,
+    folder: Path,
+    on_step: OnStep,
+    should_stop: Callable[[], bool],
+) -> bool:
+    """Trains until the end, or until `should_stop`; continues from the last checkpoint in `folder`.
+
+    Args:
+        dataset: columns input_ids, loss_mask, row.
+        folder: where the trainer keeps its checkpoints.
+        on_step: called with (step, all steps, logged numbers) whenever the trainer logs.
+        should_stop: asked after every step; true saves the state and ends.
+
+    Returns:
+        True when finished, False when stopped.
+
+    Raises:
+        UserError: the loss is NaN or infinite.
+    """
+    import transformers
+    from transformers.trainer_utils import get_last_checkpoint
+    from trl import SFTTrainer
+
+    class Trainer(SFTTrainer):  # type: ignore[misc]  # the class exists only after the backend has patched trl
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            # TRL's own loss needs triton; transformers' is the same function and runs everywhere. It also lets the
+            # backend's fused cross entropy work, which sits in the model's forward.
+            rows = inputs.pop("rows")
+            result = transformers.Trainer.compute_loss(self, model, inputs, *args, **kwargs)
+            loss = result[0] if isinstance(result, tuple) else result
+            if not math.isfinite(loss.item()):
+                raise UserError(
+                    f"the loss is {loss.item()} at step {self.state.global_step + 1}, on the data rows {rows.tolist()}; "
+                    "lower train.learning_rate, set train.max_grad_norm, or look at those rows"
+                )
+            return result
+
+    trainer = Trainer(
+        model=learner.model,
+        args=trainer_arguments(config, folder),
+        train_dataset=_with_labels(dataset),
+        data_collator=None if config.data.packing else Collator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+    )
+    stop = _StopCallback(learner, config.fake_quant.start, on_step, should_stop)
+    trainer.add_callback(stop)
+    trainer.remove_callback(transformers.ProgressCallback)
+    trainer.remove_callback(transformers.PrinterCallback)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    return not stop.stopped
+
+
+def trainer_arguments(config: RunConfig, folder: Path) -> Any:
+    """TRL's SFTConfig for this run."""
+    import torch
+    from trl import SFTConfig
+
+    settings = config.train.model_dump(exclude={"extra"})
+    cuda = torch.cuda.is_available()
+    gradient_checkpointing = settings.pop("gradient_checkpointing")
+    settings |= {
+        "output_dir": str(folder),
+        "seed": config.run.seed,
+        "data_seed": config.run.seed,
+        "bf16": cuda,
+        "use_cpu": not cuda,
+        # The backend turns it on where the model is loaded: unsloth has its own.
+        "gradient_checkpointing": gradient_checkpointing and config.model.backend == "unsloth" and cuda,
+        "remove_unused_columns": False,
+        "save_strategy": "steps",
+        "save_total_limit": 2,
+        "save_only_model": False,
+        "packing": config.data.packing,
+        "dataset_kwargs": None if config.data.packing else {"skip_prepare_dataset": True},
+        "disable_tqdm": True,
+        "dataloader_pin_memory": cuda,
+    }
+    if not config.data.packing:
+        settings["max_length"] = None  # truncated when the data was prepared
+    return SFTConfig(**{**settings, **config.train.extra})
+
+
+class Collator:
+    """Pads a batch on the right: input_ids, attention_mask, labels (B, T), and the data rows (B,) for messages."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Examples with input_ids, labels, row -> a batch."""
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        ids = [torch.tensor(example["input_ids"]) for example in examples]
+        labels = [torch.tensor(example["labels"]) for example in examples]
+        ones = [torch.ones_like(row) for row in ids]
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": pad_sequence(ones, batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+            "rows": torch.tensor([example["row"] for example in examples]),
+        }
+
+
+def _with_labels(dataset: Any) -> Any:
+    def label(example: dict[str, Any]) -> dict[str, Any]:
+        pairs = zip(example["input_ids"], example["loss_mask"], strict=True)
+        return {"labels": [token if trained else -100 for token, trained in pairs]}
+
+    return dataset.map(label, remove_columns=["loss_mask"])
+
+
+def _StopCallback(  # noqa: N802  a class that can only be defined once transformers is imported
+    learner: Learner, start: float, on_step: OnStep, should_stop: Callable[[], bool]
+) -> Any:
+    import transformers
+
+    class Callback(transformers.TrainerCallback):  # type: ignore[misc]
+        stopped = False
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if learner.prepared is not None:
+                first = start * state.max_steps if 0 < start < 1 else start
+                learner.prepared.switch.enabled = state.global_step >= first
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            _check_that_it_ran(learner)
+            if should_stop() and state.global_step < state.max_steps:
+                self.stopped = control.should_save = control.should_training_stop = True
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            numbers = {name: float(value) for name, value in (logs or {}).items() if _is_number(value)}
+            if "loss" in numbers:
+                on_step(state.global_step, state.max_steps, numbers)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if learner.prepared is not None:
+                learner.prepared.switch.enabled = True
+
+    return Callback()
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def _check_that_it_ran(learner: Learner) -> None:
+    """Fails when a fused path of the backend went past a fake quantiser: the run would train another function."""
+    prepared = learner.prepared
+    if prepared is None or not prepared.switch.enabled:
+        return
+    silent = set(prepared.coverage.layers) - prepared.switch.seen
+    if silent:
+        raise UserError(
+            f"{len(silent)} fake-quantised layers never ran, the first is {sorted(silent)[0]}: the backend computes them "
+            "without calling them; set model.backend=peft"
+        )
+
+
+def backend_loss(model: Any, samples: Sequence[Sample], batch_size: int) -> float:
+    """Nats per answer token in the training backend's own graph, eval mode, same batches as the plain evaluation."""
+    import torch
+
+    model.eval()
+    device = next(model.parameters()).device
+    total, tokens = 0.0, 0
+    # As in training: on CUDA the trainer runs under bf16 autocast.
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        for _, ids, attention, mask in batches(samples, batch_size):
+            labels = ids.masked_fill(~mask, -100).to(device)
+            output = model(input_ids=ids.to(device), attention_mask=attention.to(device), labels=labels)
+            count = int(mask.sum())
+            total += float(output.loss) * count
+            tokens += count
+    return total / tokens

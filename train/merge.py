@@ -1,0 +1,65 @@
+"""Merges a finished fit into the 16-bit checkpoint that ships: W + s B A, exactly as it was fake-quantised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.prepare import adapter_of, layer_merged_weight
+from quantize.convert import copy_tokenizer
+from quantize.layers import plain_name
+from train.fit import Learner
+
+
+@torch.no_grad()
+def write_merged(learner: Learner, source: Path, output: Path, *, dtype: str, in_4bit: bool = False) -> None:
+    """Writes `output` as a transformers checkpoint in safetensors, with tokenizer and chat template.
+
+    Args:
+        learner: the trained model; its weights are read, not changed.
+        source: the model before fine-tuning: config, tokenizer and, under QLoRA, the 16-bit weights.
+        dtype: dtype of the merged weights.
+        in_4bit: the live base weights are 4-bit, so W is read from `source`.
+    """
+    from huggingface_hub import save_torch_state_dict
+    from transformers import AutoConfig, GenerationConfig
+
+    target = getattr(torch, dtype)
+    weights = _source_weights(source) if in_4bit else _live_weights(learner.model)
+    for name, module in learner.model.named_modules():
+        if adapter_of(module)[0] is None:
+            continue
+        key = f"{plain_name(name)}.weight"
+        if in_4bit:
+            lora_a, lora_b = adapter_of(module)
+            (adapter,) = module.active_adapters
+            delta = module.scaling[adapter] * (lora_b.float() @ lora_a.float())  # type: ignore[union-attr]
+            weights[key] = (weights[key].to(delta.device).float() + delta).to(target)
+        else:
+            weights[key] = layer_merged_weight(module, target)
+    state = {name: weight.detach().to("cpu", target).contiguous() for name, weight in weights.items()}
+    save_torch_state_dict(state, output, metadata={"format": "pt"})
+    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    config.dtype = target
+    config.save_pretrained(output)
+    if (source / "generation_config.json").is_file():
+        GenerationConfig.from_pretrained(source).save_pretrained(output)
+    copy_tokenizer(source, output)
+
+
+def _live_weights(model: Any) -> dict[str, Tensor]:
+    """Plain parameter name -> weight, adapters left out, each tied weight once."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name:
+            found[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = parameter.data
+    return found
+
+
+def _source_weights(source: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return {name: weight for path in sorted(source.glob("*.safetensors")) for name, weight in load_file(path).items()}

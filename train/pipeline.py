@@ -1,0 +1,108 @@
+"""The line, one step after another:
+
+config -> backend -> model -> data -> baseline -> (control) -> fit with QAT -> merge -> arms -> quantise -> reload -> report
+
+Each step is a stage of the run directory: done once, with a fingerprint of what it depends on, and skipped when the same
+run comes by again. That is also how resume works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize.errors import UserError
+from train.events import Event, Sink
+
+if TYPE_CHECKING:
+    from train.config import RunConfig
+    from train.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves.
+
+    Attributes:
+        path: the run directory.
+        metrics: the contents of metrics.json.
+        report: the text of report.md.
+    """
+
+    path: Path
+    metrics: dict[str, Any]
+    report: str
+
+
+def run(config: RunConfig, *, argv: Sequence[str] = (), sinks: Sequence[Sink] | None = None) -> RunResult:
+    """Runs the whole line for `config`, in a new run directory or on in its own.
+
+    Raises:
+        UserError: the input cannot be used; found before training wherever that is possible.
+        Stopped: a signal ended the run after its state was saved.
+    """
+    from train.config_loading import check_extra
+    from train.rundir import RunDir, default_name
+
+    check_extra(config)
+    resolved = config.model_dump(mode="json")
+    name = config.run.name or default_name(_config_name(argv), resolved)
+    directory = RunDir.create(config.run.root, name, _as_yaml(resolved), resolved)
+    return _run_in(directory, config, argv, sinks)
+
+
+def resume(run: str, overrides: Sequence[str] = (), *, argv: Sequence[str] = (), root: str = "runs") -> RunResult:
+    """Continues a run that was stopped or killed. `run` is a path or a name under `root`.
+
+    Raises:
+        UserError: there is no such run, or `overrides` would change what was already trained.
+    """
+    from train.config import RunConfig
+    from train.rundir import RunDir
+
+    directory = RunDir.open(run, root)
+    if overrides:
+        raise UserError(f"--resume continues {directory.path} as it was configured; start a new run to change settings")
+    config = RunConfig.model_validate(directory.read_json("config.resolved.json"))
+    return _run_in(directory, config, argv, None)
+
+
+def _run_in(
+    directory: RunDir, config: RunConfig, argv: Sequence[str], sinks: Sequence[Sink] | None
+) -> RunResult:
+    from train.signals import StopRequest
+    from train.stages import Stages
+    from train.tracking import open_sinks
+
+    with directory.lock(), open_sinks(config, directory, sinks) as events, StopRequest(directory.resume_command) as stop:
+        stages = Stages(config, directory, events, stop)
+        stages.begin(list(argv))
+        backend = stages.backend()
+        model = stages.model()
+        data = stages.data(model)
+        baseline = stages.baseline(model, data)
+        control = stages.control(backend, model, data)
+        tuned = stages.tuned(backend, model, data)
+        arms = stages.arms(data, control, tuned)
+        shipped = stages.quantise(tuned)
+        final = stages.final(data, arms, control, tuned, shipped)
+        metrics, report = stages.report(baseline, control, arms, tuned, shipped, final)
+        events.emit(Event("run_finished", {"path": str(directory.path)}))
+        return RunResult(directory.path, metrics, report)
+
+
+def _config_name(argv: Sequence[str]) -> str:
+    for index, word in enumerate(argv):
+        if word == "--config" and index + 1 < len(argv):
+            return Path(argv[index + 1]).stem
+        if word.startswith("--config="):
+            return Path(word.removeprefix("--config=")).stem
+    return "run"
+
+
+def _as_yaml(resolved: dict[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(resolved, sort_keys=False)

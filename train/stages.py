@@ -1,0 +1,420 @@
+"""The steps of the line. Each is skipped when this run directory already holds its result for the same inputs."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize.evaluate import Scores, read_samples
+from quantize.schemes import Scheme, Target, find_scheme
+from quantize.worker import run_jobs
+from train.events import Event, Sinks
+
+if TYPE_CHECKING:
+    from train.backends import Backend
+    from train.config import RunConfig
+    from train.data import Prepared
+    from train.fit import QatPlan
+    from train.models import LocalModel
+    from train.rundir import RunDir
+    from train.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class Format:
+    """The format of this run: what ships, where, and what this machine lacks to run it."""
+
+    scheme: Scheme
+    target: Target
+    group_size: int | None
+    missing: tuple[str, ...]
+
+    @property
+    def simulated(self) -> bool:
+        """This machine cannot run the target."""
+        return bool(self.missing)
+
+    def job(self) -> dict[str, Any]:
+        """The worker's form."""
+        return {"scheme": self.scheme.name, "target": self.target.name, "group_size": self.group_size}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A finished fine-tuning: its 16-bit checkpoint and what was measured in the training graph."""
+
+    merged: Path
+    result: dict[str, Any]
+
+
+class Stages:
+    """The steps of one run. Their order is in `pipeline.py`; state lives in the run directory."""
+
+    def __init__(self, config: RunConfig, directory: RunDir, events: Sinks, stop: StopRequest) -> None:
+        self.config, self.directory, self.events, self.stop = config, directory, events, stop
+        self.format: Format | None = None
+        self.dtype = self.merged_dtype = "float32"
+        self.model_key = self.data_key = ""
+
+    # ------------------------------------------------------------------ preparation
+
+    def begin(self, argv: list[str]) -> None:
+        """Provenance, the format, and the dtypes."""
+        import torch
+
+        from quantize.hardware import pick_target
+        from train.versions import provenance
+
+        config = self.config
+        self.events.emit(Event("run_started", {"path": str(self.directory.path), "config": config.model_dump(mode="json")}))
+        self.directory.update_manifest(argv=argv, seed=config.run.seed, **provenance())
+        cuda = torch.cuda.is_available()
+        by_device = "bfloat16" if cuda else "float32"
+        self.dtype = by_device if config.model.dtype == "auto" else config.model.dtype
+        if config.scheme_name is not None:
+            scheme = find_scheme(config.scheme_name)
+            target, missing = pick_target(scheme, config.quantize.target)
+            self.format = Format(scheme, target, scheme.pick_group_size(config.quantize.group_size), tuple(missing))
+        wanted = self.format.target.dtype if self.format and self.format.target.dtype else by_device
+        self.merged_dtype = wanted if config.quantize.dtype == "auto" else config.quantize.dtype
+
+    def backend(self) -> Backend:
+        """Imports the backend, first of all that touches transformers."""
+        from train.backends import pick_backend
+
+        return pick_backend(self.config.model.backend)
+
+    def model(self) -> LocalModel:
+        """The model as a local folder."""
+        from train.models import resolve_model
+
+        found = resolve_model(self.config.model, cache=self.cache, seed=self.config.run.seed)
+        self.model_key = found.fingerprint
+        self.directory.update_manifest(model_fingerprint=found.fingerprint)
+        self.directory.check_disk(3 * sum(path.stat().st_size for path in found.folder.glob("*.safetensors")))
+        return found
+
+    @property
+    def cache(self) -> Path:
+        """Shared by the runs of one root: converted models, baselines."""
+        return Path(self.config.run.root) / ".cache"
+
+    def tokenizer(self, folder: Path) -> Any:
+        """The model's tokenizer, with the configured chat template."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+    def data(self, model: LocalModel) -> Prepared:
+        """Tokenised, split and fingerprinted data; one mask-coloured example is shown."""
+        from train.data import load_prepared, prepare_data, save_prepared
+
+        config = self.config
+        key = _key(self.model_key, config.data.model_dump(), config.train.max_length, config.run.seed)
+        folder = self.directory.path / "data"
+
+        def work() -> dict[str, Any]:
+            prepared = prepare_data(
+                config.data, self.tokenizer(model.folder), max_length=config.train.max_length, seed=config.run.seed
+            )
+            save_prepared(prepared, folder)
+            return {"fingerprint": prepared.fingerprint, "statistics": prepared.statistics}
+
+        result = self._stage("data", key, work)
+        prepared = load_prepared(folder)
+        self.data_key = result["fingerprint"]
+        self.directory.update_manifest(data_fingerprint=self.data_key, data=result["statistics"])
+        self.events.emit(Event("message", {"text": prepared.example, "title": "one training example", "markup": True}))
+        return prepared
+
+    # ------------------------------------------------------------------ evaluation
+
+    def baseline(self, model: LocalModel, data: Prepared) -> dict[str, Any]:
+        """The model before fine-tuning, and quantised as it is; kept across runs."""
+        key = _key(self.model_key, self.data_key, self._format_key(), self.merged_dtype, self.config.eval.batch_size)
+        store = self.cache / "baseline" / key
+
+        def work() -> dict[str, Any]:
+            if not (self.config.eval.baseline_cache and (store / "result.json").is_file()):
+                jobs = [self._evaluate("base", model.folder, scores=store / "base.npz")]
+                if self.format is not None:
+                    scores = store / "base_quantized.npz"
+                    jobs.append(self._evaluate("base_quantized", model.folder, simulate=True, scores=scores))
+                results = self._work("baseline", jobs)
+                memory = {job["name"]: result["memory_bytes"] for job, result in zip(jobs, results, strict=True)}
+                (store / "result.json").write_text(json.dumps({"memory_bytes": memory}), encoding="utf-8")
+            for path in store.glob("*.npz"):
+                Scores.load(path).save(self._scores(path.stem))
+            stored: dict[str, Any] = json.loads((store / "result.json").read_text(encoding="utf-8"))
+            return stored | {"disk_bytes": _weights_bytes(model.folder)}
+
+        return self._stage("baseline", key, work)
+
+    def arms(self, data: Prepared, control: Tuned | None, tuned: Tuned) -> dict[str, Any]:
+        """control, ptq (the control quantised), tuned, and this run's merged weights fake-quantised."""
+        key = _key(self.data_key, self._format_key(), control and control.result, tuned.result)
+
+        def work() -> dict[str, Any]:
+            jobs = [self._evaluate("tuned", tuned.merged, reference=control.merged if control else None)]
+            if self.format is not None:
+                jobs.append(self._evaluate("fake", tuned.merged, simulate=True, reference=(control or tuned).merged))
+            if control is not None:
+                jobs.append(self._evaluate("control", control.merged))
+                if self.format is not None:
+                    jobs.append(self._evaluate("ptq", control.merged, simulate=True, reference=control.merged))
+            results = self._work("arms", jobs)
+            return {job["name"]: result for job, result in zip(jobs, results, strict=True)}
+
+        return self._stage("arms", key, work)
+
+    # ------------------------------------------------------------------ fine-tuning
+
+    def control(self, backend: Backend, model: LocalModel, data: Prepared) -> Tuned | None:
+        """The twin fine-tuned without QAT, where `eval.control` asks for it and this run has QAT."""
+        if not self.config.eval.control or self.config.qat is None:
+            return None
+        return self._tune("control", backend, model, data, None)
+
+    def tuned(self, backend: Backend, model: LocalModel, data: Prepared) -> Tuned:
+        """This run's fine-tuning, with QAT where the config asks for it."""
+        return self._tune("tuned", backend, model, data, self._plan())
+
+    def _plan(self) -> QatPlan | None:
+        from train.fit import QatPlan
+
+        if self.config.qat is None or self.format is None:
+            return None
+        chosen = self.format
+        return QatPlan(
+            scheme=chosen.scheme, target=chosen.target, group_size=chosen.group_size, dtype=self.merged_dtype
+        )
+
+    def _tune(self, arm: str, backend: Backend, model: LocalModel, data: Prepared, plan: QatPlan | None) -> Tuned:
+        from train.fit import backend_loss, build_learner, fit, save_adapter
+        from train.merge import write_merged
+
+        config, home = self.config, self._home(arm)
+        training = [config.lora and config.lora.model_dump(), config.train.model_dump(), config.data.packing]
+        key = _key(self.model_key, self.data_key, training, config.run.seed, self.dtype, self.merged_dtype)
+        key = _key(key, config.model.backend, plan and [self._format_key(), config.fake_quant.model_dump()])
+        learner = None
+
+        def train() -> dict[str, Any]:
+            nonlocal learner
+            learner = build_learner(config, backend, model.folder, plan, dtype=self.dtype)
+            self.stop.graceful = True
+            try:
+                tokenizer = self.tokenizer(model.folder)
+                folder = home / "checkpoints"
+                done = fit(learner, config, tokenizer, data.train, folder, self._step(arm), lambda: self.stop.requested)
+            finally:
+                self.stop.graceful = False
+            if not done:
+                raise self.stop.stopped()
+            with self.directory.commit_folder(str((home / "adapter").relative_to(self.directory.path))) as folder:
+                save_adapter(learner, folder)
+            return {"coverage": learner.prepared.coverage.as_dict() if learner.prepared else None}
+
+        trained = self._stage(f"fit-{arm}", key, train)
+
+        def merge() -> dict[str, Any]:
+            ready = learner or build_learner(
+                config, backend, model.folder, plan, dtype=self.dtype, adapter=home / "adapter"
+            )
+            loss = backend_loss(ready.model, read_samples(self._eval_data), config.eval.batch_size)
+            with self.directory.commit_folder(str((home / "merged").relative_to(self.directory.path))) as folder:
+                write_merged(
+                    ready, model.folder, folder, dtype=self.merged_dtype, in_4bit=config.model.load_in_4bit
+                )
+            return {"backend_loss": loss, **trained}
+
+        result = self._stage(f"merge-{arm}", key, merge)
+        learner = None
+        _free_memory()
+        return Tuned(home / "merged", result)
+
+    # ------------------------------------------------------------------ shipping
+
+    def quantise(self, tuned: Tuned) -> dict[str, Any]:
+        """Real quantisation of the merged weights, in a fresh process; not where this machine cannot run the target."""
+        if self.format is None or self.format.simulated:
+            return {}
+        chosen = self.format
+        key = _key(self.data_key, self._format_key(), tuned.result, self.merged_dtype)
+        job = {
+            "kind": "convert",
+            "name": "quantise",
+            "source": str(tuned.merged),
+            "output": str(self.directory.path / "quantized"),
+            "dtype": self.merged_dtype,
+            **chosen.job(),
+        }
+        return self._stage("quantise", key, lambda: self._work("quantise", [job])[0])
+
+    def final(
+        self, data: Prepared, arms: dict[str, Any], control: Tuned | None, tuned: Tuned, shipped: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What ships, reloaded from disk in a fresh process, and the proof that it is what was trained."""
+        if self.format is None:
+            return {}
+        key = _key(self.data_key, self._format_key(), tuned.result, shipped, control and control.result)
+
+        def work() -> dict[str, Any]:
+            if not shipped:
+                Scores.load(self._scores("fake")).save(self._scores("final"))
+                return dict(arms["fake"])
+            reference = (control or tuned).merged
+            job = self._evaluate("final", self.directory.path / "quantized", reference=reference, dtype=None)
+            return self._work("final", [job])[0]
+
+        result = self._stage("final", key, work)
+        gap = arms["fake"]["loss"] - result["loss"]
+        bound = self.format.target.max_gap_nats
+        if self.config.qat is not None and self.config.fake_quant.placement == "inside" and abs(gap) > bound:
+            raise RuntimeError(
+                f"the trained function and the shipped one differ by {gap:+.6f} nats a token, more than {bound} for "
+                f"{self.format.scheme.name} on {self.format.target.name}: the run is not finished; please report it"
+            )
+        return result
+
+    def report(
+        self,
+        baseline: dict[str, Any],
+        control: Tuned | None,
+        arms: dict[str, Any],
+        tuned: Tuned,
+        shipped: dict[str, Any],
+        final: dict[str, Any],
+    ) -> tuple[dict[str, Any], str]:
+        """metrics.json, report.md, report.html."""
+        from quantize.finish import write_report
+
+        manifest = self.directory.read_json("manifest.json")
+        chosen = self.format
+        gathered = {
+            "run": self.directory.path.name,
+            "command": " ".join(["train", *manifest["argv"]]),
+            "model": self.config.model.id if self.config.model.random is None else f"random {self.config.model.architecture}",
+            "data": self.config.data.train,
+            "recipe": self.config.model_dump(mode="json", include={"qat", "lora", "fake_quant", "train", "quantize"}),
+            "versions": manifest["packages"],
+            "device": str(manifest["device"]),
+            "losses": self.directory.training_losses("tuned"),
+            "seconds": {name: entry["seconds"] for name, entry in manifest["stages"].items() if "seconds" in entry},
+            "format": None if chosen is None else {**chosen.job(), "missing": list(chosen.missing)},
+            "qat": self.config.qat,
+            "control": control is not None,
+            "control_asked": self.config.eval.control,
+            "dtype": self.merged_dtype,
+            "batch_size": self.config.eval.batch_size,
+            "baseline": baseline,
+            "arms": arms,
+            "tuned": tuned.result,
+            "shipped": shipped,
+            "final": final,
+        }
+        metrics, text = write_report(self.directory.path, gathered)
+        self.events.emit(Event("metrics", metrics))
+        self.events.emit(Event("report", {"metrics": metrics, "path": str(self.directory.path / "report.md")}))
+        return metrics, text
+
+    # ------------------------------------------------------------------ helpers
+
+    def _stage(self, name: str, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        done = self.directory.stage_done(name, key)
+        if done is not None:
+            self.events.emit(Event("stage_skipped", {"stage": name}))
+            return done
+        self.events.emit(Event("stage_started", {"stage": name}))
+        self.directory.stage_start(name, key)
+        started = time.monotonic()
+        result = work()
+        seconds = time.monotonic() - started
+        self.directory.stage_finish(name, key, seconds, result)
+        self.events.emit(Event("stage_finished", {"stage": name, "seconds": seconds}))
+        return result
+
+    def _step(self, arm: str) -> Callable[[int, int, dict[str, float]], None]:
+        def report(step: int, total: int, numbers: dict[str, float]) -> None:
+            self.events.emit(Event("step", {"arm": arm, "step": step, **numbers}))
+            data = {"stage": f"fit-{arm}", "done": step, "total": total, "text": f"loss {numbers['loss']:.4f}"}
+            self.events.emit(Event("progress", data))
+
+        return report
+
+    def _work(self, name: str, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        def progress(job: str, done: int, total: int) -> None:
+            self.events.emit(Event("progress", {"stage": job, "done": done, "total": total, "text": "samples"}))
+
+        return run_jobs(jobs, self.directory.path / "eval" / f"{name}.request.json", progress)
+
+    def _evaluate(
+        self,
+        arm: str,
+        model: Path,
+        *,
+        simulate: bool = False,
+        reference: Path | None = None,
+        scores: Path | None = None,
+        dtype: str | None = "merged",
+    ) -> dict[str, Any]:
+        job: dict[str, Any] = {
+            "kind": "evaluate",
+            "name": arm,
+            "model": str(model),
+            "dtype": self._plain_dtype if dtype == "merged" else dtype,
+            "data": str(self._eval_data),
+            "batch_size": self.config.eval.batch_size,
+            "scores": str(scores or self._scores(arm)),
+            "reference": str(reference) if reference else None,
+            "reference_dtype": self._plain_dtype,
+        }
+        if simulate and self.format is not None:
+            job["simulate"] = self.format.job()
+        return job
+
+    @property
+    def _plain_dtype(self) -> str:
+        """bf16 weights are held in fp32 for the simulation on a CPU, where bf16 arithmetic is emulated and slow."""
+        return "float32" if self.dtype == "float32" else self.merged_dtype
+
+    @property
+    def _eval_data(self) -> Path:
+        return self.directory.path / "data" / "eval.parquet"
+
+    def _scores(self, arm: str) -> Path:
+        return self.directory.path / "eval" / f"{arm}.npz"
+
+    def load_scores(self, arm: str) -> Scores | None:
+        """An arm's scores, or None where it was not evaluated."""
+        path = self._scores(arm)
+        return Scores.load(path) if path.is_file() else None
+
+    def _home(self, arm: str) -> Path:
+        return self.directory.path if arm == "tuned" else self.directory.path / arm
+
+    def _format_key(self) -> Any:
+        return None if self.format is None else self.format.job()
+
+
+def _key(*parts: Any) -> str:
+    """Fingerprint of a step's inputs (16 hex digits)."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _weights_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
