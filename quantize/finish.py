@@ -147,11 +147,10 @@ def _sizes(folder: Path, gathered: Mapping[str, Any]) -> dict[str, Any]:
     sizes: dict[str, Any] = {
         "base_mib": gathered["baseline"]["disk_bytes"] / _MIB,
         "tuned_mib": folder_bytes(folder / "merged") / _MIB,
-        "tuned_memory_mib": gathered["arms"]["tuned"]["memory_bytes"] / _MIB,
     }
     if gathered["shipped"]:
         sizes["final_mib"] = folder_bytes(folder / "quantized") / _MIB
-        sizes["final_memory_mib"] = gathered["final"]["memory_bytes"] / _MIB
+        sizes["memory_mib"] = gathered["final"]["memory_bytes"] / _MIB
         sizes["bits_per_weight"] = 8 * folder_bytes(folder / "quantized") / count_weights(folder / "merged")
     return sizes
 

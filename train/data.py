@@ -183,6 +183,8 @@ def _chat(messages: Sequence[dict[str, str]], tokenizer: Any, number: int, sourc
 
     Segments between prefixes of the rendered text are tokenised apart, so that a mask border never cuts a token.
     """
+    if tokenizer.chat_template is None:
+        raise UserError("the tokenizer has no chat template; set data.chat_template=chatml or the path of a .jinja file")
     last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
     messages = messages[: last + 1]
     whole = _render(tokenizer, messages, False)
@@ -230,8 +232,6 @@ def _set_template(tokenizer: Any, name: str | None) -> None:
             known = ", ".join(sorted(found.stem for found in packaged.parent.glob("*.jinja")))
             raise UserError(f"data.chat_template={name} is neither packaged ({known}) nor a .jinja file")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
-    elif tokenizer.chat_template is None:
-        raise UserError("the tokenizer has no chat template; set data.chat_template=chatml or the path of a .jinja file")
 
 
 def _unique(rows: list[dict[str, Any]], dropped: dict[str, int]) -> list[dict[str, Any]]:

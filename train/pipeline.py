@@ -43,7 +43,7 @@ def run(config: RunConfig, *, argv: Sequence[str] = (), sinks: Sequence[Sink] | 
         UserError: the input cannot be used; found before training wherever that is possible.
         Stopped: a signal ended the run after its state was saved.
     """
-    from train.config_loading import check_extra
+    from train.config_checks import check_extra
     from train.rundir import RunDir, default_name
 
     check_extra(config)

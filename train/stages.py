@@ -321,7 +321,7 @@ class Stages:
         }
         metrics, text = write_report(self.directory.path, gathered)
         self.events.emit(Event("metrics", metrics))
-        self.events.emit(Event("report", {"metrics": metrics, "path": str(self.directory.path / "report.md")}))
+        self.events.emit(Event("report", {"metrics": metrics, "text": text, "path": str(self.directory.path / "report.md")}))
         return metrics, text
 
     # ------------------------------------------------------------------ helpers

@@ -1,0 +1,50 @@
+"""Provenance of a run: source, packages, machine."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "ongrid", "torch", "torchao", "transformers", "peft", "trl", "datasets", "accelerate", "unsloth", "unsloth_zoo", "triton",
+    "bitsandbytes", "mslk-cuda", "wandb",
+)  # fmt: skip
+
+
+def provenance() -> dict[str, Any]:
+    """git, packages, python and device, as the manifest stores them."""
+    return {
+        "git": _git(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "python": platform.python_version(),
+        "device": describe_device(),
+    }
+
+
+def describe_device() -> str:
+    """The machine in words: GPU, or processor and threads."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    project = Path(__file__).resolve().parent.parent
+    try:
+        sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=project, capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain"], cwd=project, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"sha": sha.stdout.strip(), "dirty": bool(changed.stdout.strip())}
