@@ -68,7 +68,7 @@ class FakeQuantLinear(torch.autograd.Function):
     """Forward with the shipped numbers, backward by the straight-through estimator."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -94,7 +94,7 @@ class FakeQuantLinear(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight, A, B and bias; each only where it is asked for."""
         inputs, shipped, lora_a, lora_b = ctx.saved_tensors
         need_x, need_weight, need_a, need_b, need_bias, _ = ctx.needs_input_grad

@@ -1,20 +1,19 @@
 """Puts fake quantisation into a model and takes it out again.
 
-Forwards are bound on the instances of the linear layers and undone by `remove_qat`; no class is patched, no parameter is
-added, and the weights are not touched, so that removal is exact to the bit.
+Forwards are bound on the instances of the linear layers and undone by `remove_qat`; no class is patched, no parameter
+is added, and the weights are not touched, so that removal is exact to the bit.
 """
 
 from __future__ import annotations
 
 import types
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qat.linear import FakeQuantLinear, FakeQuantSwitch, LayerNumerics, merged_weight
+from qat.linear import FakeQuantLinear, FakeQuantSwitch, LayerNumerics, RoundTrip, merged_weight
 from quantize.errors import UserError
 from quantize.layers import Coverage, plain_name, select_layers
 from quantize.schemes import Scheme, Target, find_scheme
@@ -35,7 +34,7 @@ class Prepared:
     coverage: Coverage
     switch: FakeQuantSwitch
     numerics: dict[str, LayerNumerics] = field(default_factory=dict)
-    modules: dict[str, nn.Module] = field(default_factory=dict)
+    modules: dict[str, Any] = field(default_factory=dict)
 
 
 def prepare_qat(
@@ -78,7 +77,7 @@ def prepare_qat(
             linear = base_linear(module)
             numerics = LayerNumerics(
                 name=name,
-                weight=partial(target.weight, group_size=group_size),
+                weight=_with_group_size(target, group_size),
                 activation=target.activation,
                 merged_dtype=dtype or linear.weight.dtype,
                 scaling=_scaling(module),
@@ -100,6 +99,13 @@ def remove_qat(prepared: Prepared) -> None:
     prepared.modules.clear()
 
 
+def _with_group_size(target: Target, group_size: int | None) -> RoundTrip:
+    def round_trip(weight: Tensor) -> Tensor:
+        return target.weight(weight, group_size)
+
+    return round_trip
+
+
 def base_linear(module: nn.Module) -> nn.Linear:
     """The linear layer under a LoRA layer, or the module itself."""
     linear = getattr(module, "base_layer", module)
@@ -107,7 +113,7 @@ def base_linear(module: nn.Module) -> nn.Linear:
     return linear
 
 
-def adapter_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+def adapter_of(module: Any) -> tuple[Tensor | None, Tensor | None]:
     """(A, B) of the one active adapter of a LoRA layer; (None, None) for a plain linear."""
     if not hasattr(module, "lora_A") or not module.lora_A:
         return None, None
@@ -115,7 +121,7 @@ def adapter_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return module.lora_A[name].weight, module.lora_B[name].weight
 
 
-def layer_merged_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
+def layer_merged_weight(module: Any, dtype: torch.dtype) -> Tensor:
     """The 16-bit weight (O, I) that a layer ships: W + s B A rounded to `dtype`."""
     lora_a, lora_b = adapter_of(module)
     return merged_weight(base_linear(module).weight, lora_a, lora_b, _scaling(module), dtype)
@@ -128,14 +134,14 @@ def _is_outermost(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or isinstance(getattr(module, "base_layer", None), nn.Linear)
 
 
-def _scaling(module: nn.Module) -> float:
+def _scaling(module: Any) -> float:
     if adapter_of(module)[0] is None:
         return 1.0
     (name,) = module.active_adapters
     return float(module.scaling[name])
 
 
-def _check_adapter(name: str, module: nn.Module, placement: str) -> None:
+def _check_adapter(name: str, module: Any, placement: str) -> None:
     if not hasattr(module, "lora_A"):
         return
     adapters = list(module.active_adapters)
@@ -145,10 +151,12 @@ def _check_adapter(name: str, module: nn.Module, placement: str) -> None:
         raise UserError(f"{name} uses DoRA, which cannot go inside the fake quantiser yet; set lora.use_dora=false")
     dropout = module.lora_dropout[adapters[0]] if adapters[0] in module.lora_dropout else None
     if placement == "inside" and isinstance(dropout, nn.Dropout) and dropout.p > 0:
-        raise UserError(f"{name} has LoRA dropout {dropout.p}, which has no meaning inside W + s B A; set lora.lora_dropout=0")
+        raise UserError(
+            f"{name} has LoRA dropout {dropout.p}, which has no meaning inside W + s B A; set lora.lora_dropout=0"
+        )
 
 
-def _bind(module: nn.Module, numerics: LayerNumerics, placement: str) -> None:
+def _bind(module: Any, numerics: LayerNumerics, placement: str) -> None:
     def inside(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         linear = base_linear(self)
         lora_a, lora_b = adapter_of(self)
@@ -164,7 +172,7 @@ def _bind(module: nn.Module, numerics: LayerNumerics, placement: str) -> None:
         dropped = self.lora_dropout[name](x.to(lora_a.dtype))
         return output + (dropped @ lora_a.t() @ lora_b.t() * numerics.scaling).to(output.dtype)  # type: ignore[no-any-return]
 
-    module.forward = types.MethodType(inside if placement == "inside" else outside, module)  # type: ignore[method-assign]
+    module.forward = types.MethodType(inside if placement == "inside" else outside, module)
     linear = base_linear(module)
     if linear is not module:
         linear.add_module(_MARK, nn.Identity())

@@ -69,7 +69,9 @@ def _schemes() -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     source = Path(options.source)
-    run = next((path for path in (source, Path(options.root) / options.source) if (path / "manifest.json").is_file()), None)
+    run = next(
+        (path for path in (source, Path(options.root) / options.source) if (path / "manifest.json").is_file()), None
+    )
     if run is not None:
         from quantize.finish import finish_run
 

@@ -55,7 +55,9 @@ class Scores:
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {"nll": self.nll, "tokens": self.tokens, "exact": self.exact}
         temporary = path.with_suffix(".tmp.npz")
-        np.savez(temporary, **arrays, **({} if self.kl is None else {"kl": self.kl}))
+        if self.kl is not None:
+            arrays["kl"] = self.kl
+        np.savez(temporary, allow_pickle=False, **arrays)
         temporary.replace(path)
 
     @classmethod

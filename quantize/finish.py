@@ -89,7 +89,9 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
     gathered = json.loads(path.read_text(encoding="utf-8"))
     chosen = gathered["format"]
     if chosen is None:
-        raise UserError(f"{folder} was trained without a scheme; use: quantize convert {folder / 'merged'} --scheme NAME")
+        raise UserError(
+            f"{folder} was trained without a scheme; use: quantize convert {folder / 'merged'} --scheme NAME"
+        )
     picked, missing = pick_target(find_scheme(chosen["scheme"]), target or chosen["target"])
     if missing:
         raise UserError(f"--target {picked.name}: this machine lacks {'; '.join(missing)}")
@@ -97,7 +99,8 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
         trained = find_scheme(chosen["scheme"]).find_target(chosen["target"])
         if trained.weight is not picked.weight:
             raise UserError(
-                f"the run was trained for {chosen['target']}, whose numbers differ from {picked.name}'s: train for that target"
+                f"the run was trained for {chosen['target']}, whose numbers differ from {picked.name}'s: "
+                "train for that target"
             )
     chosen = {**chosen, "target": picked.name, "missing": []}
     reference = folder / ("control/merged" if gathered["control"] else "merged")
@@ -115,7 +118,9 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
     shipped, fake, final = run_jobs(jobs, folder / "eval" / "finish.request.json", progress)
     gap = fake["loss"] - final["loss"]
     if gathered["qat"] and abs(gap) > picked.max_gap_nats:
-        raise RuntimeError(f"the simulated and the shipped function differ by {gap:+.6f} nats a token; please report it")
+        raise RuntimeError(
+            f"the simulated and the shipped function differ by {gap:+.6f} nats a token; please report it"
+        )
     gathered |= {"format": chosen, "shipped": shipped, "final": final}
     gathered["arms"]["fake"] = fake
     return write_report(folder, gathered)[0]
@@ -174,7 +179,7 @@ def _reasons(gathered: Mapping[str, Any]) -> dict[str, str]:
     why: dict[str, str] = {}
     if gathered["format"] is None:
         nothing = "nothing is quantised: neither qat nor quantize.scheme is set"
-        why |= {name: nothing for name in ("base_quantized", "ptq", "final")}
+        why |= dict.fromkeys(("base_quantized", "ptq", "final"), nothing)
     if not gathered["control"]:
         reason = "this run has no QAT, so tuned is the control" if not gathered["qat"] else "eval.control is false"
         why |= {"control": reason}
@@ -183,5 +188,5 @@ def _reasons(gathered: Mapping[str, Any]) -> dict[str, str]:
         why["train_ship_gap"] = "this run has no QAT"
     if gathered["format"] and not gathered["shipped"]:
         missing = "; ".join(gathered["format"]["missing"])
-        why |= {key: f"this machine lacks {missing}" for key in ("size.final_mib", "size.bits_per_weight")}
+        why |= dict.fromkeys(("size.final_mib", "size.bits_per_weight"), f"this machine lacks {missing}")
     return why

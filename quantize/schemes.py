@@ -59,7 +59,10 @@ def _int8_int4_config(group_size: int | None) -> AOBaseConfig:
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig
     from torchao.quantization.granularity import PerGroup
 
-    return Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(group_size or 32))
+    return Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=torch.int4,  # type: ignore[attr-defined]
+        weight_granularity=PerGroup(group_size or 32),
+    )
 
 
 def _int8_embedding_config() -> AOBaseConfig:

@@ -1,7 +1,7 @@
 """A fresh process for everything that must happen in the plain graph.
 
-The training process has unsloth's class-level patches at work, so evaluation of what ships and the conversion itself run
-here, where neither unsloth nor the training code is imported. `run_jobs` (parent) writes a request, starts
+The training process has unsloth's class-level patches at work, so evaluation of what ships and the conversion itself
+run here, where neither unsloth nor the training code is imported. `run_jobs` (parent) writes a request, starts
 `python -m quantize.worker REQUEST`, forwards its progress and returns its results.
 """
 

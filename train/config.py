@@ -142,7 +142,7 @@ class QuantizeConfig(Section):
     scheme: str | None = None
     """Numeric format; null = that of `qat`, and without `qat` nothing is quantised."""
     target: str | None = None
-    """Where it runs; null = what this machine runs (an accelerator before the CPU), else the scheme's first, simulated."""
+    """Where it runs; null = what this machine runs (the accelerator first), else the scheme's first, simulated."""
     group_size: int | None = Field(default=None, ge=1)
     """Weights per scale; null = the scheme's own."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -209,5 +209,5 @@ class RunConfig(Section):
 
 
 def resolved_dict(config: RunConfig) -> dict[str, Any]:
-    """Every value, JSON-ready: the content of config.resolved.json, which `load_config` reads back to an equal config."""
+    """Every value, JSON-ready: what config.resolved.json holds, and `load_config` reads back to an equal config."""
     return config.model_dump(mode="json")

@@ -41,6 +41,7 @@ _OWN_ELSEWHERE = {
     "output_dir": "run.root and run.name",
     "packing": "data.packing",
     "per_device_eval_batch_size": "eval.batch_size",
+    "remove_unused_columns": "nothing: the batches carry row numbers for messages",
     "resume_from_checkpoint": "train --resume RUN",
     "run_name": "run.name",
     "seed": "run.seed",
@@ -151,7 +152,9 @@ def _random(config: RunConfig) -> Iterator[Problem]:
         text = f"model.random={model.random} needs model.architecture (qwen3, phi3, smollm3, gemma3_text, llama)"
         yield Problem(("model.random", "model.architecture"), text)
     if model.random == "full" and not model.shape:
-        text = "model.random=full needs model.shape, as --model.shape.hidden_size=2048 --model.shape.num_hidden_layers=28"
+        text = (
+            "model.random=full needs model.shape, as --model.shape.hidden_size=2048 --model.shape.num_hidden_layers=28"
+        )
         yield Problem(("model.random", "model.shape"), text)
     if model.shape and not model.random:
         text = "model.shape is read only with model.random; set model.random=full, or leave the shape out"
@@ -179,7 +182,9 @@ def _steps(config: RunConfig) -> Iterator[Problem]:
 
 def _tracking(config: RunConfig) -> Iterator[Problem]:
     reports = config.train.report_to
-    if config.track.wandb != "off" and not {"wandb", "all"}.isdisjoint([reports] if isinstance(reports, str) else reports):
+    if config.track.wandb != "off" and not {"wandb", "all"}.isdisjoint(
+        [reports] if isinstance(reports, str) else reports
+    ):
         text = "train.report_to names wandb beside track.wandb: two W&B runs; take wandb out of train.report_to"
         yield Problem(("train.report_to", "track.wandb"), text)
 
@@ -187,7 +192,9 @@ def _tracking(config: RunConfig) -> Iterator[Problem]:
 def _names(config: RunConfig) -> Iterator[Problem]:
     name = config.run.name
     if name is not None and (not name.strip() or "/" in name or "\\" in name or name in (".", "..")):
-        yield Problem(("run.name",), f"run.name={name!r} is no folder name; a path to the folder of all runs is run.root")
+        yield Problem(
+            ("run.name",), f"run.name={name!r} is no folder name; a path to the folder of all runs is run.root"
+        )
     for key in ("id", "architecture"):
         value = getattr(config.model, key)
         if value is not None and not value.strip():

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ValidationError
 
 from quantize.errors import UserError
 from train.config import RunConfig
-from train.config_checks import find_problems
-from train.config_values import Override, PlainLoader, annotation_at, keys_of, kinds_of, parse_options, section_of
+from train.config_checks import check_extra, find_problems
+from train.config_messages import Origins, describe_error, shown
+from train.config_values import Override, PlainLoader, annotation_at, kinds_of, parse_options, section_of
+
+__all__ = ["check_extra", "find_config", "load_config", "read_file"]
 
 HOME = Path(__file__).resolve().parent.parent
 """The folder that holds the packages, `configs/` and `examples/`, in a clone as in an installed wheel."""
 _DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-_COMPARISONS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 
 
 def find_config(name: str) -> Path:
@@ -38,7 +40,11 @@ def find_config(name: str) -> Path:
             return packaged[candidate]
     if path.is_dir():
         resolved = path / "config.resolved.json"
-        hint = f"to repeat it: --config {resolved}; to continue it: --resume {name}" if resolved.is_file() else "give a file"
+        hint = (
+            f"to repeat it: --config {resolved}; to continue it: --resume {name}"
+            if resolved.is_file()
+            else "give a file"
+        )
         raise UserError(f"--config {name} is a folder; {hint}")
     near = difflib.get_close_matches(path.name, packaged, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
@@ -67,7 +73,7 @@ def load_config(path_or_name: str | Path, overrides: Sequence[str] = ()) -> RunC
     for name, field in RunConfig.model_fields.items():
         if section_of(field.annotation) and values.get(name) is None and type(None) not in kinds_of(field.annotation):
             values[name] = {}  # a section without a key under it
-    return _validated(values, _Origins(str(file), origins), errors)
+    return _validated(values, Origins(str(file), origins), errors)
 
 
 def read_file(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
@@ -92,7 +98,7 @@ def read_file(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
-        what = "is empty" if values is None else f"holds {_shown(values)}"
+        what = "is empty" if values is None else f"holds {shown(values)}"
         raise UserError(f"{file}: {what}; expected sections such as `model:` and `data:`")
     return values, dict(_lines(tree, file, ())) if tree is not None else {}
 
@@ -124,34 +130,14 @@ def _put(values: dict[str, Any], option: Override) -> str | None:
         values = below
     last = option.path[-1]
     old, is_section = values.get(last), False
-    try:
+    with contextlib.suppress(KeyError):  # an unknown key is reported once everything is merged
         is_section = section_of(annotation_at(RunConfig, option.path)) is not None
-    except KeyError:
-        pass  # reported as unknown once everything is merged
     merges = is_section and isinstance(old, dict) and isinstance(option.value, dict)
     values[last] = {**old, **option.value} if merges and old else option.value
     return None
 
 
-class _Origins:
-    """Where each value came from, for messages."""
-
-    def __init__(self, file: str, known: Mapping[tuple[str, ...], str]) -> None:
-        self.file, self.known = file, known
-
-    def option(self, path: Sequence[str]) -> str | None:
-        """The option that set this key or a section above it, as typed."""
-        below = (text for key, text in self.known.items() if key[: len(path)] == tuple(path) and text.startswith("--"))
-        nearest = self.place(path)
-        return nearest if nearest.startswith("--") else next(below, None) if nearest == self.file else None
-
-    def place(self, path: Sequence[str]) -> str:
-        """The file and line, or the option."""
-        prefixes = (tuple(path[:length]) for length in range(len(path), 0, -1))
-        return next((self.known[prefix] for prefix in prefixes if prefix in self.known), self.file)
-
-
-def _validated(values: dict[str, Any], origins: _Origins, errors: list[str]) -> RunConfig:
+def _validated(values: dict[str, Any], origins: Origins, errors: list[str]) -> RunConfig:
     """Validates, and where single values are wrong validates the rest too, so that every error is seen at once."""
     lines, bad = list(errors), set[tuple[str, ...]]()
     try:
@@ -159,7 +145,7 @@ def _validated(values: dict[str, Any], origins: _Origins, errors: list[str]) -> 
     except ValidationError as error:
         for path, kind in _distinct(error):
             bad.add(path)
-            lines.append(_describe_error(path, kind, values, origins))
+            lines.append(describe_error(path, kind, values, origins))
         config = _without(values, bad)
     for problem in find_problems(config):
         if not any(_overlap(tuple(key.split(".")), path) for key in problem.keys for path in bad):
@@ -208,75 +194,8 @@ def _overlap(key: tuple[str, ...], path: tuple[str, ...]) -> bool:
     return key[:shared] == path[:shared]
 
 
-def _describe_error(path: tuple[str, ...], kind: str, values: Any, origins: _Origins) -> str:
-    name, option = ".".join(path), origins.option(path)
-    if kind == "extra_forbidden":
-        near = did_you_mean(name)
-        if option:
-            key, _, _ = option.partition("=")
-            return f"unknown option {key.split()[0]}" + (f"; did you mean --{near}?" if near else "; see --help")
-        return f"unknown key `{name}` in {origins.place(path)}" + (f"; did you mean `{near}`?" if near else "; see --help")
-    expected = expected_at(path)
-    if kind == "missing":
-        return f"`{name}` is missing in {origins.file}; expected {expected}; or give --{name}=..."
-    value = values
-    for key in path:
-        value = value.get(key) if isinstance(value, dict) else None
-    near_value = _near_choice(path, value)
-    hint = f"; did you mean {near_value}?" if near_value else ""
-    if option:
-        return f"{option}: expected {expected}{hint}"
-    return f"`{name}` in {origins.place(path)} is {_shown(value)}; expected {expected}{hint}"
-
-
-def did_you_mean(name: str) -> str | None:
-    """The known key that `name` is most likely meant to be."""
-    keys = list(keys_of(RunConfig))
-    leaf = name.rpartition(".")[2]
-    same_leaf = [key for key in keys if key.rpartition(".")[2] == leaf]
-    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.75)
-    if not near and not same_leaf:
-        by_leaf = {key.rpartition(".")[2]: key for key in reversed(keys)}
-        near = [by_leaf[match] for match in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8)]
-    return (same_leaf or near or [None])[0]
-
-
-def expected_at(path: Sequence[str]) -> str:
-    """What a key takes, in words: "a whole number >= 1, or null"."""
-    if not path:
-        return "sections with keys"
-    section = section_of(annotation_at(RunConfig, path[:-1]))
-    field = section.model_fields[path[-1]] if section is not None else FieldInfo(annotation=Any)
-    words = [word for kind in kinds_of(field.annotation) if (word := _word(kind))]
-    if {"a whole number", "a number"} <= set(words):
-        words.remove("a whole number")
-    bounds = [f"{sign} {bound}" for item in field.metadata for name, sign in _COMPARISONS if (bound := getattr(item, name, None)) is not None]
-    text = " or ".join(words) + (" " + " and ".join(bounds) if bounds else "")
-    return f"{text}, or null" if type(None) in kinds_of(field.annotation) else text
-
-
-def _word(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, get_args(kind)))
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return "a section with keys"
-    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): ""}
-    return names.get(kind, "a list of texts" if get_origin(kind) is list else "keys with values")
-
-
-def _near_choice(path: Sequence[str], value: Any) -> str | None:
-    choices = [str(c) for kind in kinds_of(annotation_at(RunConfig, path)) if get_origin(kind) is Literal for c in get_args(kind)]
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    return near[0] if near else None
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _with_packaged_data(config: RunConfig) -> RunConfig:
-    """Packaged configs name packaged data (`examples/data/...`): found beside the packages where the working folder lacks it."""
+    """Packaged configs name packaged data (`examples/data/...`): found beside the packages from any working folder."""
     found = {}
     for key in ("train", "eval"):
         name = getattr(config.data, key)

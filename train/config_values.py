@@ -53,7 +53,9 @@ PlainLoader.add_implicit_resolver(
     re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN))$"),
     list("-+.0123456789"),
 )
-PlainLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|None|)$"), ["~", "n", "N", ""])
+PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|None|)$"), ["~", "n", "N", ""]
+)
 PlainLoader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
 PlainLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
@@ -149,7 +151,7 @@ def _takes_list(annotation: Any) -> bool:
 
 
 def read_value(text: str, annotation: Any) -> Any:
-    """The value that `text` means for a field of this annotation; text that fits none is left for pydantic to refuse."""
+    """The value that `text` means for a field of this annotation; pydantic refuses what fits none."""
     kinds = kinds_of(annotation)
     if types.NoneType in kinds and text in NULLS:
         return None

@@ -1,4 +1,4 @@
-"""The run on the terminal: headings, one live progress bar, the report's table. Plain lines where there is no terminal."""
+"""The run on the terminal: headings, one live progress bar, the report. Plain lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ class ConsoleSink:
     def _report(self, event: Event) -> None:
         from rich.markdown import Markdown
 
-        self.console.print(Markdown(event.data["text"]) if self.console.is_terminal else event.data["text"], markup=False)
+        self.console.print(
+            Markdown(event.data["text"]) if self.console.is_terminal else event.data["text"], markup=False
+        )
         self.console.print(f"report: {event.data['path']}", markup=False)
 
 

@@ -184,7 +184,9 @@ def _chat(messages: Sequence[dict[str, str]], tokenizer: Any, number: int, sourc
     Segments between prefixes of the rendered text are tokenised apart, so that a mask border never cuts a token.
     """
     if tokenizer.chat_template is None:
-        raise UserError("the tokenizer has no chat template; set data.chat_template=chatml or the path of a .jinja file")
+        raise UserError(
+            "the tokenizer has no chat template; set data.chat_template=chatml or the path of a .jinja file"
+        )
     last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
     messages = messages[: last + 1]
     whole = _render(tokenizer, messages, False)
@@ -194,7 +196,9 @@ def _chat(messages: Sequence[dict[str, str]], tokenizer: Any, number: int, sourc
         span = _span(messages, last, tokenizer, whole)
         spans = [] if span is None else [span]
     if not spans:
-        raise UserError(f"{source}, row {number}: the chat template hides where the answer starts; set data.chat_template")
+        raise UserError(
+            f"{source}, row {number}: the chat template hides where the answer starts; set data.chat_template"
+        )
     ids: list[int] = []
     mask: list[int] = []
     position = 0

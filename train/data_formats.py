@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from quantize.errors import UserError
@@ -81,7 +81,7 @@ def _alpaca(row: Mapping[str, Any]) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": _text(row["output"])}]
 
 
-_READERS = {
+_READERS: dict[str, Callable[[Mapping[str, Any]], list[Message] | str]] = {
     "messages": lambda row: _turns(row["messages"], "role", "content"),
     "sharegpt": lambda row: _turns(row["conversations"], "from", "value"),
     "prompt_completion": _pair,

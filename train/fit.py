@@ -124,10 +124,10 @@ def fit(
     from transformers.trainer_utils import get_last_checkpoint
     from trl import SFTTrainer
 
-    class Trainer(SFTTrainer):  # type: ignore[misc]  # the class exists only after the backend has patched trl
+    class Trainer(SFTTrainer):  # defined here: the backend must have patched trl
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            # TRL's own loss needs triton; transformers' is the same function and runs everywhere. It also lets the
-            # backend's fused cross entropy work, which sits in the model's forward.
+            # TRL's own loss needs triton; transformers' is the same function and runs everywhere. It also lets
+            # the backend's fused cross entropy work, which sits in the model's forward.
             rows = inputs.pop("rows")
             result = transformers.Trainer.compute_loss(self, model, inputs, *args, **kwargs)
             loss = result[0] if isinstance(result, tuple) else result
@@ -214,12 +214,10 @@ def _with_labels(dataset: Any) -> Any:
     return dataset.map(label, remove_columns=["loss_mask"])
 
 
-def _StopCallback(  # noqa: N802  a class that can only be defined once transformers is imported
-    learner: Learner, start: float, on_step: OnStep, should_stop: Callable[[], bool]
-) -> Any:
+def _StopCallback(learner: Learner, start: float, on_step: OnStep, should_stop: Callable[[], bool]) -> Any:
     import transformers
 
-    class Callback(transformers.TrainerCallback):  # type: ignore[misc]
+    class Callback(transformers.TrainerCallback):
         stopped = False
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -66,7 +66,9 @@ def resolve_model(config: ModelConfig, *, cache: Path, seed: int) -> LocalModel:
         return _from_gguf(path, cache)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"model.id: {path} has no config.json; give a folder in transformers format or a .gguf file")
+            raise UserError(
+                f"model.id: {path} has no config.json; give a folder in transformers format or a .gguf file"
+            )
         return LocalModel(path, fingerprint(path))
     return _from_hub(config)
 

@@ -1,9 +1,9 @@
 """The line, one step after another:
 
-config -> backend -> model -> data -> baseline -> (control) -> fit with QAT -> merge -> arms -> quantise -> reload -> report
+config -> backend -> model -> data -> baseline -> (control) -> fit -> merge -> arms -> quantise -> reload -> report
 
-Each step is a stage of the run directory: done once, with a fingerprint of what it depends on, and skipped when the same
-run comes by again. That is also how resume works.
+Each step is a stage of the run directory: done once, with a fingerprint of what it depends on, and skipped when the
+same run comes by again. That is also how resume works.
 """
 
 from __future__ import annotations
@@ -69,14 +69,16 @@ def resume(run: str, overrides: Sequence[str] = (), *, argv: Sequence[str] = (),
     return _run_in(directory, config, argv, None)
 
 
-def _run_in(
-    directory: RunDir, config: RunConfig, argv: Sequence[str], sinks: Sequence[Sink] | None
-) -> RunResult:
+def _run_in(directory: RunDir, config: RunConfig, argv: Sequence[str], sinks: Sequence[Sink] | None) -> RunResult:
     from train.signals import StopRequest
     from train.stages import Stages
     from train.tracking import open_sinks
 
-    with directory.lock(), open_sinks(config, directory, sinks) as events, StopRequest(directory.resume_command) as stop:
+    with (
+        directory.lock(),
+        open_sinks(config, directory, sinks) as events,
+        StopRequest(directory.resume_command) as stop,
+    ):
         stages = Stages(config, directory, events, stop)
         stages.begin(list(argv))
         backend = stages.backend()

@@ -42,7 +42,7 @@ class RunDir:
         if settings.is_file():
             if json.loads(settings.read_text(encoding="utf-8")) != resolved:
                 raise UserError(
-                    f"run.name: {path} holds another run; choose another run.name, or continue it: train --resume {path}"
+                    f"run.name: {path} holds another run; choose another run.name, or: train --resume {path}"
                 )
             return cls(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -54,7 +54,9 @@ class RunDir:
             run.write_json("manifest.json", {"stages": {}})
             run.write_json("config.resolved.json", resolved)
         except OSError as error:
-            raise UserError(f"run.root: {path} cannot be written ({error.strerror}); choose another run.root") from error
+            raise UserError(
+                f"run.root: {path} cannot be written ({error.strerror}); choose another run.root"
+            ) from error
         return run
 
     @classmethod

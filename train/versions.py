@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGES = (
-    "ongrid", "torch", "torchao", "transformers", "peft", "trl", "datasets", "accelerate", "unsloth", "unsloth_zoo", "triton",
-    "bitsandbytes", "mslk-cuda", "wandb",
+    "ongrid", "torch", "torchao", "transformers", "peft", "trl", "datasets", "accelerate", "unsloth", "unsloth_zoo",
+    "triton", "bitsandbytes", "mslk-cuda", "wandb",
 )  # fmt: skip
 
 
@@ -44,7 +44,9 @@ def _git() -> dict[str, Any] | None:
     project = Path(__file__).resolve().parent.parent
     try:
         sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=project, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=project, capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=project, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return {"sha": sha.stdout.strip(), "dirty": bool(changed.stdout.strip())}

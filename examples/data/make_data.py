@@ -3,7 +3,7 @@
     pip install reasoning-gym==0.1.25
     python examples/data/make_data.py
 
-The same version and seed give the same bytes. Prompts and answers are short, because the quickstart trains on two cores.
+The same version and seed give the same bytes. Prompts and answers are short: the quickstart trains on two cores.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> None:
     options = parser.parse_args()
     streams = [rows(task, options.seed) for task in TASKS]
     seen: set[str] = set()
-    exhausted = {index: 0 for index in range(len(streams))}
+    exhausted = dict.fromkeys(range(len(streams)), 0)
     for name, count in (("eval", options.eval), ("train", options.train)):
         chosen: list[dict[str, Any]] = []
         turn = 0

@@ -42,7 +42,9 @@ def test_values_and_gradients_equal_the_reference(name: str, target_name: str, s
     output.backward(upstream)
     merged = torch.addmm(weight, twins[2], twins[1], alpha=2.0)
     rounded = _straight_through(merged, target.weight(merged.detach(), group))
-    inputs = twins[0] if target.activation is None else _straight_through(twins[0], target.activation(twins[0].detach()))
+    inputs = (
+        twins[0] if target.activation is None else _straight_through(twins[0], target.activation(twins[0].detach()))
+    )
     expected = nn.functional.linear(inputs, rounded, twins[3])
     expected.backward(upstream)
     torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-5)
@@ -105,7 +107,9 @@ def test_switched_off_it_is_the_merged_16_bit_model() -> None:
 def test_merge_rounds_the_sum_once() -> None:
     weight, lora_a, lora_b = torch.randn(8, 8).bfloat16(), torch.randn(2, 8), torch.randn(8, 2)
     expected = (weight.float() + 0.5 * (lora_b @ lora_a)).bfloat16()
-    assert torch.allclose(merged_weight(weight, lora_a, lora_b, 0.5, torch.bfloat16).float(), expected.float(), rtol=1e-2)
+    assert torch.allclose(
+        merged_weight(weight, lora_a, lora_b, 0.5, torch.bfloat16).float(), expected.float(), rtol=1e-2
+    )
     assert merged_weight(weight, None, None, 1.0, torch.bfloat16) is weight
 
 

@@ -1,4 +1,4 @@
-"""The seam between the pipeline and what loads and trains a model: `unsloth` (default) or `peft` (plain transformers)."""
+"""The seam between the pipeline and what loads a model: `unsloth` (the default) or `peft` (plain transformers)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def pick_backend(name: str) -> Backend:
         except (ImportError, NotImplementedError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"model.backend=unsloth does not import here ({reason}); install ongrid[unsloth] or set model.backend=peft"
+                f"model.backend=unsloth does not import here ({reason}); install ongrid[unsloth] or set "
+                "model.backend=peft"
             ) from error
         return UnslothBackend()
     from train.backends.peft import PeftBackend

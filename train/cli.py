@@ -1,0 +1,219 @@
+"""The `train` command: parses, runs, and turns every outcome into an exit code.
+
+0 = done; 2 = the user's input; 1 = our failure; 130 and 143 = stopped by Ctrl-C or SIGTERM with the state saved.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantize.errors import Stopped, UserError
+
+_FLAGS = ("--dry-run", "--debug", "--version", "--help")
+_VALUES = ("--config", "--resume")
+_DESCRIPTION = """LoRA fine-tuning that keeps the weights on the quantisation grid they will ship on.
+
+  train --config quickstart.yaml --qat int8-int4
+
+  train --config sft_qwen3.yaml --qat int8-int4 --train.max_steps=100 --dry-run
+
+  train --resume runs/NAME
+
+Every key of the config is an option; dashes and underscores are alike. --lora=None is full fine-tuning. Keys of
+model.shape and train.extra: --model.shape.KEY=VALUE, --train.extra.KEY=VALUE. Lists: a,b or ['a','b'].
+With --config, --help shows that config's values as the defaults."""
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """The command line, taken apart.
+
+    Attributes:
+        config: a path or the name of a packaged config.
+        resume: the run to continue.
+        flags: those given of --dry-run, --debug, --version, --help.
+        overrides: all other words, for `load_config`.
+        errors: what is wrong with the options above.
+    """
+
+    config: str | None = None
+    resume: str | None = None
+    flags: frozenset[str] = frozenset()
+    overrides: tuple[str, ...] = ()
+    errors: tuple[str, ...] = field(default=())
+
+
+def split_arguments(argv: Sequence[str]) -> CommandLine:
+    """Separates the options of the command itself from those that override config keys."""
+    words, values, flags = list(argv), dict[str, str](), set[str]()
+    overrides, errors = list[str](), list[str]()
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        name = "--help" if name == "-h" else name.replace("_", "-") if "." not in name else name
+        if name in _FLAGS:
+            if equals and value.lower() not in ("true", "false"):
+                errors.append(f"{word}: expected {name}, or {name}=True or False")
+            elif value.lower() != "false":
+                flags.add(name)
+        elif name in _VALUES:
+            if not equals:
+                value = words.pop(0) if words and not words[0].startswith("--") else ""
+            if not value:
+                errors.append(
+                    f"{name} needs a value, as {name} {'quickstart.yaml' if name == '--config' else 'runs/NAME'}"
+                )
+            elif values.get(name, value) != value:
+                errors.append(f"{name} is given twice: {values[name]} and {value}")
+            values[name] = value
+        else:
+            overrides.append(word)
+    return CommandLine(
+        values.get("--config"), values.get("--resume"), frozenset(flags), tuple(overrides), tuple(errors)
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    line = split_arguments(argv)
+    debug = "--debug" in line.flags
+    try:
+        return _run(line, list(argv))
+    except UserError as error:
+        for text in error.lines:
+            print(f"error: {text}", file=sys.stderr)
+        code = 2
+    except Stopped as stop:
+        print(f"stopped; continue with: {stop.resume_command}", file=sys.stderr)
+        code = 128 + stop.signal_number
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()  # nobody reads on: no second traceback at exit
+        return 1
+    except Exception as error:  # the last line of defence: whatever it is, it is ours
+        print(_failure(error, debug=debug), file=sys.stderr)
+        code = 1
+    if debug:
+        traceback.print_exc()
+    return code
+
+
+def _run(line: CommandLine, argv: list[str]) -> int:
+    if "--help" in line.flags:
+        print_help(line)
+        return 0
+    if "--version" in line.flags:
+        from importlib.metadata import version
+
+        print(f"ongrid {version('ongrid')}")
+        return 0
+    errors = list(line.errors)
+    if line.config and line.resume:
+        errors.append("--config and --resume exclude each other: a run is continued with its own config")
+    if not line.config and not line.resume and not errors:
+        errors.append("say what to train: --config FILE (as --config quickstart.yaml), or --resume RUN; see --help")
+    if errors:
+        raise UserError(*errors)
+    return _resume(line, argv) if line.resume else _start(line, argv)
+
+
+def _start(line: CommandLine, argv: list[str]) -> int:
+    from train.config_loading import load_config
+
+    assert line.config is not None
+    config = load_config(line.config, line.overrides)
+    if "--dry-run" in line.flags:
+        return _print_plan(config)
+    from train.pipeline import run
+
+    run(config, argv=argv)
+    return 0
+
+
+def _resume(line: CommandLine, argv: list[str]) -> int:
+    from train.config import RunConfig
+    from train.config_values import parse_options
+
+    assert line.resume is not None
+    options, errors = parse_options(RunConfig, line.overrides)
+    if errors:
+        raise UserError(*errors)
+    roots = [str(option.value) for option in options if option.path == ("run", "root")]
+    others = [option.option for option in options if option.path != ("run", "root")]
+    root = roots[-1] if roots else "runs"
+    if "--dry-run" in line.flags:
+        return _print_resume_plan(line.resume, root, others)
+    from train.pipeline import resume
+
+    resume(line.resume, others, argv=argv, root=root)
+    return 0
+
+
+def _print_plan(config: Any) -> int:
+    import yaml
+
+    from train.config import resolved_dict
+    from train.plan import estimate, render
+
+    print(yaml.safe_dump(resolved_dict(config), sort_keys=False, allow_unicode=True))
+    print(render(estimate(config), config))
+    return 0
+
+
+def _print_resume_plan(run: str, root: str, others: Sequence[str]) -> int:
+    """The plan of a run that was begun, and which of its stages are done."""
+    from train.config_loading import load_config
+    from train.rundir import RunDir
+
+    if others:
+        raise UserError(f"--resume continues a run as it was configured; leave out {' '.join(others)}")
+    directory = RunDir.open(run, root)
+    code = _print_plan(load_config(directory.path / "config.resolved.json"))
+    stages = directory.read_json("manifest.json").get("stages", {})
+    done = [name for name, stage in stages.items() if stage.get("status") == "done"]
+    print(f"\nalready done in {directory.path}, skipped where the inputs are the same: {', '.join(done) or 'nothing'}")
+    return code
+
+
+def print_help(line: CommandLine) -> None:
+    """Help built from the config's own models; with --config its values are the defaults."""
+    import contextlib
+
+    import tyro
+
+    from train.config import LoraConfig, RunConfig
+    from train.config_loading import load_config
+    from train.help import HelpLine
+
+    if line.config:
+        settings = dict(load_config(line.config, line.overrides))
+        settings["lora"] = settings["lora"] or LoraConfig()  # shown also where the config turns it off
+    else:
+        settings = dict(RunConfig.model_validate({"model": {"id": "REQUIRED"}, "data": {"train": "REQUIRED"}}))
+    default = HelpLine.model_construct(**settings)
+    markers = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+    with contextlib.suppress(SystemExit):  # tyro's way to end after printing
+        tyro.cli(
+            HelpLine,
+            prog="train",
+            description=_DESCRIPTION,
+            args=["--help"],
+            default=default,
+            config=markers,
+            use_underscores=True,
+        )
+
+
+def _failure(error: Exception, *, debug: bool) -> str:
+    first = next(iter(str(error).splitlines()), "")
+    log = getattr(error, "log", None)
+    where = f"; log: {log}" if log else "; the run's events.jsonl tells how far it came"
+    hint = "" if debug else "; run again with --debug for the traceback"
+    return f"failed: {type(error).__name__}: {first}{where}{hint}"

@@ -1,0 +1,115 @@
+"""What is said about a wrong value: where it was given, what was expected, and what was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from train.config import RunConfig
+from train.config_values import annotation_at, keys_of, kinds_of, section_of
+
+_COMPARISONS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+
+
+class Origins:
+    """Where each value came from, for messages."""
+
+    def __init__(self, file: str, known: Mapping[tuple[str, ...], str]) -> None:
+        self.file, self.known = file, known
+
+    def option(self, path: Sequence[str]) -> str | None:
+        """The option that set this key or a section above it, as typed."""
+        below = (text for key, text in self.known.items() if key[: len(path)] == tuple(path) and text.startswith("--"))
+        nearest = self.place(path)
+        return nearest if nearest.startswith("--") else next(below, None) if nearest == self.file else None
+
+    def place(self, path: Sequence[str]) -> str:
+        """The file and line, or the option."""
+        prefixes = (tuple(path[:length]) for length in range(len(path), 0, -1))
+        return next((self.known[prefix] for prefix in prefixes if prefix in self.known), self.file)
+
+
+def describe_error(path: tuple[str, ...], kind: str, values: Any, origins: Origins) -> str:
+    """The line for one error of pydantic: `kind` is its type ("missing", "extra_forbidden", ...)."""
+    name, option = ".".join(path), origins.option(path)
+    if kind == "extra_forbidden":
+        near = did_you_mean(name)
+        if option:
+            key, _, _ = option.partition("=")
+            return f"unknown option {key.split()[0]}" + (f"; did you mean --{near}?" if near else "; see --help")
+        return f"unknown key `{name}` in {origins.place(path)}" + (
+            f"; did you mean `{near}`?" if near else "; see --help"
+        )
+    expected = expected_at(path)
+    if kind == "missing":
+        return f"`{name}` is missing in {origins.file}; expected {expected}; or give --{name}=..."
+    value = values
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    near_value = _near_choice(path, value)
+    hint = f"; did you mean {near_value}?" if near_value else ""
+    if option:
+        return f"{option}: expected {expected}{hint}"
+    return f"`{name}` in {origins.place(path)} is {shown(value)}; expected {expected}{hint}"
+
+
+def did_you_mean(name: str) -> str | None:
+    """The known key that `name` is most likely meant to be."""
+    keys = list(keys_of(RunConfig))
+    leaf = name.rpartition(".")[2]
+    same_leaf = [key for key in keys if key.rpartition(".")[2] == leaf]
+    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.65)
+    if not near and not same_leaf:
+        by_leaf = {key.rpartition(".")[2]: key for key in reversed(keys)}
+        near = [by_leaf[match] for match in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8)]
+    return next(iter(same_leaf or near), None)
+
+
+def expected_at(path: Sequence[str]) -> str:
+    """What a key takes, in words: "a whole number >= 1, or null"."""
+    if not path:
+        return "sections with keys"
+    section = section_of(annotation_at(RunConfig, path[:-1]))
+    field = section.model_fields[path[-1]] if section is not None else FieldInfo(annotation=Any)
+    words = [word for kind in kinds_of(field.annotation) if (word := _word(kind))]
+    if {"a whole number", "a number"} <= set(words):
+        words.remove("a whole number")
+    bounds = [
+        f"{sign} {bound}"
+        for item in field.metadata
+        for name, sign in _COMPARISONS
+        if (bound := getattr(item, name, None)) is not None
+    ]
+    text = " or ".join(words) + (" " + " and ".join(bounds) if bounds else "")
+    return f"{text}, or null" if type(None) in kinds_of(field.annotation) else text
+
+
+def _word(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return "a section with keys"
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): ""}
+    return names.get(kind, "a list of texts" if get_origin(kind) is list else "keys with values")
+
+
+def _near_choice(path: Sequence[str], value: Any) -> str | None:
+    choices = [
+        str(c)
+        for kind in kinds_of(annotation_at(RunConfig, path))
+        if get_origin(kind) is Literal
+        for c in get_args(kind)
+    ]
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    return near[0] if near else None
+
+
+def shown(value: Any) -> str:
+    """A value as it is written, shortened."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,267 @@
+"""`train --dry-run`: the steps, what will be skipped and why, and an estimate of peak memory and disk. Needs no torch.
+
+The formulae (P parameters, L weights of the layers' linears, T trained parameters, N tokens a batch, b bytes a weight):
+- weights: P * b; with 4-bit loading 0.56 * L + (P - L) * b
+- training state: 16 T for an adapter (weight, gradient and Adam's two moments, in fp32); 3 T b for full fine-tuning
+  (gradient and moments); 8-bit optimisers hold 2 bytes in place of the moments
+- activations: N * b * (layers * kept + one layer + 4 * hidden), where a layer holds its norms, its linears' inputs and
+  its gate: 8 * hidden + 2 * (outputs of its linears); with gradient checkpointing only `hidden` is kept of each
+- logits: N * vocabulary * 12 bytes (themselves, fp32 copy, gradient); unsloth computes them for 512 tokens at a time
+- fake quantisation: b bytes for each fake-quantised weight that the backward pass needs (all of L; one layer's with
+  gradient checkpointing), and three fp32 copies of the largest
+- disk: two checkpoints of 12 T bytes (adapter and moments), the adapter 4 T, merged P * bytes of `quantize.dtype`,
+  quantised L bytes (int8-int4 holds its int4 in 8 bits, others less) + scales + the rest in 16 bit. A twin
+  (`eval.control`) has checkpoints, an adapter and merged weights of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from quantize.schemes import find_scheme
+from train.config import RunConfig
+from train.model_size import ModelSize, UnknownSize, find_size
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+_NF4_BYTES = 0.56  # 4 bits and a share of an absmax per 64 weights
+_CHUNK_TOKENS = 512
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the line; `skipped` says why it will not run, None = it runs."""
+
+    name: str
+    text: str
+    skipped: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do and need. Sizes in bytes.
+
+    Attributes:
+        steps: the line, in order.
+        memory: peak memory by part, largest model state; empty where the model's size is unknown.
+        disk: what the run directory will hold; empty where the model's size is unknown.
+        device: "cuda" or "cpu", as far as can be told without torch.
+        size: the model's size, None where unknown.
+        unknown: what cannot be told, and why.
+        notes: what the estimate rests on.
+    """
+
+    steps: tuple[Step, ...]
+    memory: dict[str, int]
+    disk: dict[str, int]
+    device: str
+    size: ModelSize | None = None
+    unknown: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def peak_memory(self) -> int | None:
+        """Bytes at the peak, on the device that trains; None = unknown."""
+        return sum(self.memory.values()) or None
+
+    @property
+    def total_disk(self) -> int | None:
+        """Bytes in the run directory; None = unknown."""
+        return sum(self.disk.values()) or None
+
+
+def estimate(config: RunConfig) -> Plan:
+    """The plan of a run: nothing is loaded, and of a hub model at most config.json is fetched."""
+    device = "cuda" if _has_nvidia() else "cpu"
+    unknown = list(_missing_files(config))
+    try:
+        size = find_size(config.model)
+    except UnknownSize as error:
+        unknown.append(f"memory and disk: {error}")
+        return Plan(tuple(_steps(config, device)), {}, {}, device, None, tuple(unknown))
+    disk, notes = _disk(config, size, device), list(_notes(config, device))
+    return Plan(
+        tuple(_steps(config, device)), _memory(config, size, device), disk, device, size, tuple(unknown), tuple(notes)
+    )
+
+
+def render(plan: Plan, config: RunConfig) -> str:
+    """The plan as text for a terminal."""
+    steps = ((step.name, f"skipped: {step.skipped}" if step.skipped else step.text) for step in plan.steps)
+    lines = ["steps", *(f"  {name:<15} {text}" for name, text in steps)]
+    if plan.size is not None:
+        million = plan.size.parameters / 1e6
+        lines += ["", f"model: {million:,.1f} million parameters, {plan.size.layers} layers (from {plan.size.source})"]
+        lines += _table(f"peak memory on {plan.device}, estimated", plan.memory, _free_memory(plan.device))
+        lines += _table(f"disk in {config.run.root}, estimated", plan.disk, _free_disk(config.run.root))
+        lines += [f"  {note}" for note in plan.notes]
+    if plan.unknown:
+        lines += ["", "unknown", *(f"  {line}" for line in plan.unknown)]
+    return "\n".join(lines)
+
+
+def _table(title: str, parts: dict[str, int], free: int | None) -> list[str]:
+    total = sum(parts.values())
+    short = "   <- more than is free" if free is not None and total > free else ""
+    rows = [f"  {name:<32} {_mib(value):>12}" for name, value in parts.items() if value]
+    here = f" ({_mib(free).strip()} free)" if free is not None else ""
+    return ["", title, *rows, f"  {'total':<32} {_mib(total):>12}{here}{short}"]
+
+
+def _mib(count: int) -> str:
+    return f"{count / _MIB:,.1f} MiB" if count < 10 * 1024 * _MIB else f"{count / _MIB / 1024:,.1f} GiB"
+
+
+def _steps(config: RunConfig, device: str) -> Iterator[Step]:
+    train, scheme, qat = config.train, config.scheme_name, config.qat
+    source = f"random {config.model.architecture} ({config.model.random})" if config.model.random else config.model.id
+    length = f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs"
+    method = f"LoRA r={config.lora.r}" if config.lora else "full fine-tuning"
+    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    work = f"{method}, {length} of {batch} rows, learning rate {train.learning_rate:g}"
+    yield Step("model", f"{source}, with the {config.model.backend} backend")
+    yield Step("data", f"{config.data.train}, {config.data.eval_samples} held-out rows")
+    cached = " (or an earlier run's scores: same model, data and settings)" if config.eval.baseline_cache else ""
+    yield Step("baseline", f"evaluate the untouched model{cached}")
+    no_control = (
+        "eval.control is false" if not config.eval.control else None if qat else "qat is null: it would be the same run"
+    )
+    yield Step("control", f"{work}, without QAT", no_control)
+    start = f" from {config.fake_quant.start} on" if config.fake_quant.start else ""
+    yield Step("prepare QAT", f"{qat}, adapter {config.fake_quant.placement}{start}", None if qat else "qat is null")
+    yield Step("fit", work)
+    yield Step(
+        "merge", f"in {_merged_dtype(config, device)}", None if config.lora else "lora is null: nothing to merge"
+    )
+    yield Step("evaluate tuned", "loss, accuracy and KL of the 16-bit model")
+    nothing = "neither qat nor quantize.scheme is set" if scheme is None else None
+    yield Step("quantize", f"{scheme} for {_target(config)}", nothing or _cannot_run(config, device))
+    simulated = ", simulated" if not nothing and _cannot_run(config, device) else ""
+    yield Step("evaluate final", f"the model as shipped, reloaded from disk{simulated}", nothing)
+    yield Step("report", "metrics.json, report.md, report.html")
+
+
+def _target(config: RunConfig) -> str:
+    if config.quantize.target:
+        return config.quantize.target
+    return " or ".join(find_scheme(config.scheme_name).targets) if config.scheme_name else ""
+
+
+def _cannot_run(config: RunConfig, device: str) -> str | None:
+    """Why no target can run here, as far as can be told without torch."""
+    if config.scheme_name is None or device == "cuda":
+        return None
+    targets = find_scheme(config.scheme_name).targets
+    chosen = [targets[config.quantize.target]] if config.quantize.target else list(targets.values())
+    if not all(target.needs for target in chosen):
+        return None
+    needs = ", ".join(need for target in chosen for need in target.needs)
+    return f"needs {needs}, and no NVIDIA driver was found; merged/ is written, `quantize convert` finishes elsewhere"
+
+
+def _memory(config: RunConfig, size: ModelSize, device: str) -> dict[str, int]:
+    width = _train_bytes(config, device)
+    trained, tokens = _trained(config, size), config.train.per_device_train_batch_size * config.train.max_length
+    rest = size.parameters - size.linear_weights
+    weights = size.parameters * width
+    if config.model.load_in_4bit:
+        weights = int(size.linear_weights * _NF4_BYTES) + rest * width
+    moments = 2 if "8bit" in config.train.optim else 8 if config.lora else 2 * width  # Adam's two
+    state = trained * ((8 if config.lora else width) + moments)
+    layer = 8 * size.hidden + 2 * sum(linear.outputs * linear.count for linear in size.linears) // size.layers
+    checkpointing = config.train.gradient_checkpointing
+    kept = size.layers * (size.hidden if checkpointing else layer) + layer + 4 * size.hidden
+    whole_logits = config.model.backend == "peft"
+    parts = {
+        "weights": weights,
+        "adapter, gradients, optimiser" if config.lora else "gradients, optimiser": state,
+        "activations": tokens * width * kept,
+        "logits": (tokens if whole_logits else min(tokens, _CHUNK_TOKENS)) * size.vocabulary * 12,
+    }
+    if config.qat:
+        largest = max(linear.inputs * linear.outputs for linear in size.linears)
+        held = size.linear_weights // (size.layers if checkpointing else 1)
+        parts["fake-quantised copies"] = held * width + 3 * 4 * largest
+    return parts
+
+
+def _disk(config: RunConfig, size: ModelSize, device: str) -> dict[str, int]:
+    trained, twins = _trained(config, size), 2 if config.eval.control and config.qat else 1
+    merged = size.parameters * _BYTES[_merged_dtype(config, device)]
+    adapter = trained * 4 if config.lora else 0
+    state = trained * (12 if config.lora else 3 * _train_bytes(config, device))
+    parts = {"checkpoints (two are kept)": 2 * state * twins, "adapter": adapter * twins, "merged": merged * twins}
+    if config.scheme_name and not _cannot_run(config, device):
+        group = config.quantize.group_size or find_scheme(config.scheme_name).group_size
+        scales = size.linear_weights * 4 // group if group else 0
+        rest = (size.parameters - size.linear_weights) * _BYTES[_merged_dtype(config, device)]
+        parts["quantized (at most)"] = size.linear_weights + scales + rest
+    return parts
+
+
+def _notes(config: RunConfig, device: str) -> Iterator[str]:
+    yield f"for {device} (found without torch), weights in {_train_dtype(config, device)}; formulae in train/plan.py"
+    modules = config.lora.target_modules if config.lora else "all-linear"
+    if isinstance(modules, str) and modules != "all-linear":
+        yield f"lora.target_modules={modules!r} is a pattern: counted as if it took all linears"
+
+
+def _missing_files(config: RunConfig) -> Iterator[str]:
+    for key, name in (("train", config.data.train), ("eval", config.data.eval)):
+        if name and name.endswith((".json", ".jsonl", ".csv", ".parquet")) and not Path(name).is_file():
+            yield f"data.{key}: there is no file {name}, so the run would stop at its data"
+
+
+def _trained(config: RunConfig, size: ModelSize) -> int:
+    """T: an adapter has R * (I + O) parameters for each linear that it takes."""
+    if config.lora is None:
+        return size.parameters
+    modules = config.lora.target_modules
+    taken = [
+        line for line in size.linears if isinstance(modules, str) or line.name in {m.split(".")[-1] for m in modules}
+    ]
+    return config.lora.r * sum((linear.inputs + linear.outputs) * linear.count for linear in taken)
+
+
+def _train_dtype(config: RunConfig, device: str) -> str:
+    return ("bfloat16" if device == "cuda" else "float32") if config.model.dtype == "auto" else config.model.dtype
+
+
+def _train_bytes(config: RunConfig, device: str) -> int:
+    return _BYTES[_train_dtype(config, device)]
+
+
+def _merged_dtype(config: RunConfig, device: str) -> str:
+    chosen = config.quantize.dtype
+    if chosen != "auto":
+        return chosen
+    scheme = find_scheme(config.scheme_name) if config.scheme_name else None
+    wanted = {target.dtype for target in scheme.targets.values()} if scheme else set()
+    fixed = next(iter(wanted)) if len(wanted) == 1 else None
+    return fixed or ("bfloat16" if device == "cuda" else "float32")
+
+
+def _has_nvidia() -> bool:
+    return Path("/dev/nvidiactl").exists() or Path("/proc/driver/nvidia/version").exists()
+
+
+def _free_memory(device: str) -> int | None:
+    if device == "cuda":
+        return None  # the driver would have to be asked
+    try:
+        with open("/proc/meminfo", encoding="ascii") as stream:
+            fields = dict(line.split(":", 1) for line in stream)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _free_disk(root: str) -> int | None:
+    folder = Path(root).expanduser().absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free if os.access(folder, os.R_OK) else None
