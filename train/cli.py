@@ -163,7 +163,10 @@ def _print_plan(config: Any) -> int:
     from train.plan import estimate, render
 
     print(yaml.safe_dump(resolved_dict(config), sort_keys=False, allow_unicode=True))
-    print(render(estimate(config), config))
+    plan = estimate(config)
+    print(render(plan, config), flush=True)
+    if plan.obstacles:
+        raise UserError(*plan.obstacles)
     return 0
 
 

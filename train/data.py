@@ -172,8 +172,8 @@ def _tokenised(
             dropped["nothing to learn after truncation"] += 1
     if not result:
         raise UserError(
-            f"data: {source} has no trainable token after truncation to train.max_length={max_length}: the prompts alone "
-            "are longer; raise train.max_length"
+            f"data: {source} has no trainable token after truncation to train.max_length={max_length}: the prompts "
+            "alone are longer; raise train.max_length"
         )
     return result
 
@@ -256,8 +256,8 @@ def _statistics(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "rows": len(rows),
         "tokens": sum(lengths),
         "learned_tokens": learned,
-        "length": {"min": lengths[0], "median": lengths[len(lengths) // 2], "p95": lengths[int(0.95 * (len(lengths) - 1))],
-                   "max": lengths[-1]},
+        "length": {"min": lengths[0], "median": lengths[len(lengths) // 2],
+                   "p95": lengths[int(0.95 * (len(lengths) - 1))], "max": lengths[-1]},
     }  # fmt: skip
 
 

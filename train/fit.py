@@ -133,8 +133,8 @@ def fit(
             loss = result[0] if isinstance(result, tuple) else result
             if not math.isfinite(loss.item()):
                 raise UserError(
-                    f"the loss is {loss.item()} at step {self.state.global_step + 1}, on the data rows {rows.tolist()}; "
-                    "lower train.learning_rate, set train.max_grad_norm, or look at those rows"
+                    f"the loss is {loss.item()} at step {self.state.global_step + 1}, on the data rows "
+                    f"{rows.tolist()}; lower train.learning_rate, set train.max_grad_norm, or look at those rows"
                 )
             return result
 
@@ -257,8 +257,8 @@ def _check_that_it_ran(learner: Learner) -> None:
     silent = set(prepared.coverage.layers) - prepared.switch.seen
     if silent:
         raise UserError(
-            f"{len(silent)} fake-quantised layers never ran, the first is {sorted(silent)[0]}: the backend computes them "
-            "without calling them; set model.backend=peft"
+            f"{len(silent)} fake-quantised layers never ran, the first is {sorted(silent)[0]}: the backend computes "
+            "them without calling them; set model.backend=peft"
         )
 
 

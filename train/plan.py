@@ -52,6 +52,7 @@ class Plan:
         device: "cuda" or "cpu", as far as can be told without torch.
         size: the model's size, None where unknown.
         unknown: what cannot be told, and why.
+        obstacles: what would stop the run, one line each.
         notes: what the estimate rests on.
     """
 
@@ -61,6 +62,7 @@ class Plan:
     device: str
     size: ModelSize | None = None
     unknown: tuple[str, ...] = ()
+    obstacles: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -77,15 +79,19 @@ class Plan:
 def estimate(config: RunConfig) -> Plan:
     """The plan of a run: nothing is loaded, and of a hub model at most config.json is fetched."""
     device = "cuda" if _has_nvidia() else "cpu"
-    unknown = list(_missing_files(config))
+    steps, obstacles = tuple(_steps(config, device)), tuple(_missing_files(config))
     try:
         size = find_size(config.model)
     except UnknownSize as error:
-        unknown.append(f"memory and disk: {error}")
-        return Plan(tuple(_steps(config, device)), {}, {}, device, None, tuple(unknown))
-    disk, notes = _disk(config, size, device), list(_notes(config, device))
+        return Plan(steps, {}, {}, device, unknown=(f"memory and disk: {error}",), obstacles=obstacles)
     return Plan(
-        tuple(_steps(config, device)), _memory(config, size, device), disk, device, size, tuple(unknown), tuple(notes)
+        steps,
+        _memory(config, size, device),
+        _disk(config, size, device),
+        device,
+        size,
+        obstacles=(*obstacles, *_coverage(config, size)),
+        notes=tuple(_notes(config, device)),
     )
 
 
@@ -119,7 +125,7 @@ def _mib(count: int) -> str:
 def _steps(config: RunConfig, device: str) -> Iterator[Step]:
     train, scheme, qat = config.train, config.scheme_name, config.qat
     source = f"random {config.model.architecture} ({config.model.random})" if config.model.random else config.model.id
-    length = f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs"
+    length = f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epoch(s)"
     method = f"LoRA r={config.lora.r}" if config.lora else "full fine-tuning"
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
     work = f"{method}, {length} of {batch} rows, learning rate {train.learning_rate:g}"
@@ -213,7 +219,23 @@ def _notes(config: RunConfig, device: str) -> Iterator[str]:
 def _missing_files(config: RunConfig) -> Iterator[str]:
     for key, name in (("train", config.data.train), ("eval", config.data.eval)):
         if name and name.endswith((".json", ".jsonl", ".csv", ".parquet")) and not Path(name).is_file():
-            yield f"data.{key}: there is no file {name}, so the run would stop at its data"
+            yield f"data.{key}: there is no file {name}"
+
+
+def _coverage(config: RunConfig, size: ModelSize) -> Iterator[str]:
+    """A group size that does not divide in_features leaves that layer in 16 bit."""
+    if config.scheme_name is None:
+        return
+    group = config.quantize.group_size or find_scheme(config.scheme_name).group_size or 1
+    left_out = {line.inputs: line.name for line in size.linears if line.inputs % group}
+    share = sum(line.weights for line in size.linears if line.inputs % group == 0) / size.linear_weights
+    if share < (config.fake_quant.min_coverage if config.qat else 1e-9):
+        layers = ", ".join(f"{name}: {inputs}" for inputs, name in left_out.items())
+        yield (
+            f"quantize.group_size: groups of {group} reach {share:.0%} of the linear weights (in_features that it does "
+            f"not divide: {layers}); {config.scheme_name} also offers "
+            + (", ".join(str(n) for n in find_scheme(config.scheme_name).group_sizes if n != group) or "no other")
+        )
 
 
 def _trained(config: RunConfig, size: ModelSize) -> int:
