@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -81,27 +82,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     line = split_arguments(argv)
-    debug = "--debug" in line.flags
     try:
         return _run(line, list(argv))
-    except UserError as error:
-        for text in error.lines:
-            print(f"error: {text}", file=sys.stderr)
-        code = 2
-    except Stopped as stop:
-        print(f"stopped; continue with: {stop.resume_command}", file=sys.stderr)
-        code = 128 + stop.signal_number
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    except BrokenPipeError:
-        sys.stderr.close()  # nobody reads on: no second traceback at exit
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in line.flags:
+            traceback.print_exc()
+        return _report(error, debug="--debug" in line.flags)
+
+
+def _report(error: BaseException, *, debug: bool) -> int:
+    """Says what happened on stderr; returns the exit code."""
+    if isinstance(error, BrokenPipeError):
+        # Nobody reads on; Python's own flush at exit must not fail a second time.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:  # the last line of defence: whatever it is, it is ours
-        print(_failure(error, debug=debug), file=sys.stderr)
-        code = 1
-    if debug:
-        traceback.print_exc()
+    if isinstance(error, UserError):
+        lines, code = [f"error: {text}" for text in error.lines], 2
+    elif isinstance(error, Stopped):
+        lines, code = [f"stopped; continue with: {error.resume_command}"], 128 + error.signal_number
+    elif isinstance(error, KeyboardInterrupt):
+        lines, code = ["interrupted"], 130
+    else:
+        lines, code = [_failure(error, debug=debug)], 1
+    print(*lines, sep="\n", file=sys.stderr)
     return code
 
 
@@ -191,6 +194,7 @@ def print_help(line: CommandLine) -> None:
 
     import tyro
 
+    from quantize.schemes import SCHEMES
     from train.config import LoraConfig, RunConfig
     from train.config_loading import load_config
     from train.help import HelpLine
@@ -200,13 +204,14 @@ def print_help(line: CommandLine) -> None:
         settings["lora"] = settings["lora"] or LoraConfig()  # shown also where the config turns it off
     else:
         settings = dict(RunConfig.model_validate({"model": {"id": "REQUIRED"}, "data": {"train": "REQUIRED"}}))
+    schemes = "\n\n".join(f"  --qat {scheme.name}: {scheme.summary}" for scheme in SCHEMES.values())
     default = HelpLine.model_construct(**settings)
     markers = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
     with contextlib.suppress(SystemExit):  # tyro's way to end after printing
         tyro.cli(
             HelpLine,
             prog="train",
-            description=_DESCRIPTION,
+            description=f"{_DESCRIPTION}\n\n{schemes}",
             args=["--help"],
             default=default,
             config=markers,
@@ -214,7 +219,7 @@ def print_help(line: CommandLine) -> None:
         )
 
 
-def _failure(error: Exception, *, debug: bool) -> str:
+def _failure(error: BaseException, *, debug: bool) -> str:
     first = next(iter(str(error).splitlines()), "")
     log = getattr(error, "log", None)
     where = f"; log: {log}" if log else "; the run's events.jsonl tells how far it came"

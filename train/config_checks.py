@@ -52,7 +52,7 @@ _OWN_ELSEWHERE = {
 
 def find_problems(config: RunConfig) -> list[Problem]:
     """Everything in the config that contradicts itself."""
-    checks = (_scheme, _qat, _four_bit, _random, _steps, _tracking, _names, _extra, _choices)
+    checks = (_scheme, _qat, _four_bit, _adapter, _random, _steps, _tracking, _names, _extra, _choices)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -187,6 +187,16 @@ def _tracking(config: RunConfig) -> Iterator[Problem]:
     ):
         text = "train.report_to names wandb beside track.wandb: two W&B runs; take wandb out of train.report_to"
         yield Problem(("train.report_to", "track.wandb"), text)
+
+
+def _adapter(config: RunConfig) -> Iterator[Problem]:
+    modules = config.lora.target_modules if config.lora else "all-linear"
+    if isinstance(modules, str) and modules != "all-linear" and modules.isidentifier():
+        text = (
+            f"lora.target_modules={modules} is read as a pattern for whole names and fits none; "
+            f"write ['{modules}'], or .*{modules}"
+        )
+        yield Problem(("lora.target_modules",), text)
 
 
 def _names(config: RunConfig) -> Iterator[Problem]:

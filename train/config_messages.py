@@ -23,25 +23,31 @@ class Origins:
         self.file, self.known = file, known
 
     def option(self, path: Sequence[str]) -> str | None:
-        """The option that set this key or a section above it, as typed."""
-        below = (text for key, text in self.known.items() if key[: len(path)] == tuple(path) and text.startswith("--"))
-        nearest = self.place(path)
-        return nearest if nearest.startswith("--") else next(below, None) if nearest == self.file else None
+        """The option that set this key, a section above it or a key below it, as typed."""
+        place = self.place(path)
+        return place if place.startswith("--") else None
 
     def place(self, path: Sequence[str]) -> str:
         """The file and line, or the option."""
-        prefixes = (tuple(path[:length]) for length in range(len(path), 0, -1))
-        return next((self.known[prefix] for prefix in prefixes if prefix in self.known), self.file)
+        path = tuple(path)
+        if path in self.known:
+            return self.known[path]
+        for key, place in self.known.items():
+            if key[: len(path)] == path and place.startswith("--"):  # --model.shape.hidden_size sets model.shape
+                return place
+        above = (path[:length] for length in range(len(path) - 1, 0, -1))
+        return next((self.known[key] for key in above if key in self.known), self.file)
 
 
 def describe_error(path: tuple[str, ...], kind: str, values: Any, origins: Origins) -> str:
     """The line for one error of pydantic: `kind` is its type ("missing", "extra_forbidden", ...)."""
     name, option = ".".join(path), origins.option(path)
     if kind == "extra_forbidden":
-        near = did_you_mean(name)
         if option:
-            key, _, _ = option.partition("=")
-            return f"unknown option {key.split()[0]}" + (f"; did you mean --{near}?" if near else "; see --help")
+            typed = option.split()[0].partition("=")[0]
+            near = did_you_mean(typed.removeprefix("--").replace("-", "_"))
+            return f"unknown option {typed}" + (f"; did you mean --{near}?" if near else "; see --help")
+        near = did_you_mean(name)
         return f"unknown key `{name}` in {origins.place(path)}" + (
             f"; did you mean `{near}`?" if near else "; see --help"
         )
@@ -63,11 +69,11 @@ def did_you_mean(name: str) -> str | None:
     keys = list(keys_of(RunConfig))
     leaf = name.rpartition(".")[2]
     same_leaf = [key for key in keys if key.rpartition(".")[2] == leaf]
-    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.65)
-    if not near and not same_leaf:
+    near = difflib.get_close_matches(name, same_leaf or keys, n=1, cutoff=0.0 if same_leaf else 0.65)
+    if not near:
         by_leaf = {key.rpartition(".")[2]: key for key in reversed(keys)}
         near = [by_leaf[match] for match in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8)]
-    return next(iter(same_leaf or near), None)
+    return next(iter(near), None)
 
 
 def expected_at(path: Sequence[str]) -> str:

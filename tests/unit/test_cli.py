@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from quantize.errors import Stopped, UserError
+from quantize.schemes import SCHEMES
 from train import plan as plan_module
 from train.cli import main, split_arguments
 from train.config import RunConfig
@@ -65,7 +66,7 @@ class TestStart:
         code = (
             "import sys\nfrom train.cli import main\n"
             f"code = main({words!r})\n"
-            "heavy = {'torch', 'transformers', 'trl', 'peft', 'datasets', 'unsloth', 'torchao', 'numpy'} & set(sys.modules)\n"
+            "heavy = {'torch', 'transformers', 'trl', 'peft', 'datasets', 'unsloth', 'torchao'} & set(sys.modules)\n"
             "assert not heavy, heavy\nsys.exit(code)\n"
         )
         began = time.perf_counter()
@@ -94,6 +95,8 @@ class TestStart:
             "--train.extra",
         ):
             assert option in text, option
+        for scheme in SCHEMES:
+            assert f"--qat {scheme}: " in text
 
     def test_module(self) -> None:
         done = subprocess.run(
@@ -122,7 +125,10 @@ class TestArguments:
             (["--config=a", "--config=b"], ["given twice"]),
             (["--config=a", "--resume=b"], ["exclude each other"]),
             (["--dry-run=maybe", "--config=tiny"], ["--dry-run=maybe"]),
-            (["--config=tiny", "--trian.max_steps=1"], ["unknown option --trian.max_steps", "--train.max_steps"]),
+            (
+                ["--config=tiny", "--trian.max_steps=1"],
+                ["unknown option --trian.max_steps; did you mean --train.max_steps?"],
+            ),
             (["--resume=x", "oops"], ["unexpected argument 'oops'"]),
         ],
     )
@@ -293,7 +299,7 @@ class TestEstimate:
             assert peak(*words) > base, words
         assert peak("--train.gradient_checkpointing=True") < base
         assert peak("--model.load_in_4bit=True") < base
-        assert peak("--lora.target_modules=q_proj") < base
+        assert peak("--lora.target_modules=['q_proj']") < base
 
     def test_disk(self) -> None:
         plan = estimate(load_config("tiny.yaml", ["--qat=int8-int4"]))
