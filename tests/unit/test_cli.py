@@ -211,6 +211,7 @@ class TestDryRun:
         def unreachable(config: Any) -> Any:
             raise OSError("Name or service not known")
 
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)  # `make test` sets it
         monkeypatch.setattr("train.model_size._download_settings", unreachable)
         assert main(["--config=sft_qwen3.yaml", "--model.id=no/such-model-here", "--dry-run"]) == 0
         text = capsys.readouterr().out
