@@ -216,7 +216,10 @@ class Stages:
             try:
                 tokenizer = self.tokenizer(model.folder)
                 folder = home / "checkpoints"
-                done = fit(learner, config, tokenizer, data.train, folder, self._step(arm), lambda: self.stop.requested)
+                with backend.training(fake_quantised=plan is not None):
+                    done = fit(
+                        learner, config, tokenizer, data.train, folder, self._step(arm), lambda: self.stop.requested
+                    )
             finally:
                 self.stop.graceful = False
             if not done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,3 +52,7 @@ class PeftBackend:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
         return peft.get_peft_model(model, settings)
+
+    def training(self, *, fake_quantised: bool) -> AbstractContextManager[None]:
+        """See `Backend.training`."""
+        return nullcontext()

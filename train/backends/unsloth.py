@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +52,24 @@ class UnslothBackend:
             use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
             random_state=seed,
         )
+
+    @contextmanager
+    def training(self, *, fake_quantised: bool) -> Iterator[None]:
+        """See `Backend.training`."""
+        # On CUDA unsloth compiles each decoder layer as one region. The compiler may keep in fp32 what the round trip
+        # rounds to bf16 in between, which would train other numbers than those that ship. Unsloth reads the variable at
+        # each call; without the region its fused kernels run, and they call a fake-quantised projection as it is.
+        name = "UNSLOTH_BLOCK_COMPILE"
+        before = os.environ.get(name)
+        if fake_quantised:
+            os.environ[name] = "0"
+        try:
+            yield
+        finally:
+            if before is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = before
 
 
 def _linear_names(model: Any) -> list[str]:
