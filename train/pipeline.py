@@ -43,10 +43,10 @@ def run(config: RunConfig, *, argv: Sequence[str] = (), sinks: Sequence[Sink] | 
         UserError: the input cannot be used; found before training wherever that is possible.
         Stopped: a signal ended the run after its state was saved.
     """
-    from train.config_checks import check_extra
+    from train.inputs import check_inputs
     from train.rundir import RunDir, default_name
 
-    check_extra(config)
+    check_inputs(config)
     resolved = config.model_dump(mode="json")
     name = config.run.name or default_name(_config_name(argv), resolved)
     directory = RunDir.create(config.run.root, name, _as_yaml(resolved), resolved)

@@ -90,7 +90,7 @@ def estimate(config: RunConfig) -> Plan:
         _disk(config, size, device),
         device,
         size,
-        obstacles=(*obstacles, *_coverage(config, size)),
+        obstacles=(*obstacles, *coverage_obstacles(config, size)),
         notes=tuple(_notes(config, device)),
     )
 
@@ -222,7 +222,7 @@ def _missing_files(config: RunConfig) -> Iterator[str]:
             yield f"data.{key}: there is no file {name}"
 
 
-def _coverage(config: RunConfig, size: ModelSize) -> Iterator[str]:
+def coverage_obstacles(config: RunConfig, size: ModelSize) -> Iterator[str]:
     """A group size that does not divide in_features leaves that layer in 16 bit."""
     if config.scheme_name is None:
         return
@@ -232,8 +232,8 @@ def _coverage(config: RunConfig, size: ModelSize) -> Iterator[str]:
     if share < (config.fake_quant.min_coverage if config.qat else 1e-9):
         layers = ", ".join(f"{name}: {inputs}" for inputs, name in left_out.items())
         yield (
-            f"quantize.group_size: groups of {group} reach {share:.0%} of the linear weights (in_features that it does "
-            f"not divide: {layers}); {config.scheme_name} also offers "
+            f"quantize.group_size={group} reaches {share:.0%} of the linear weights: group size {group} does not "
+            f"divide the in_features of {layers}; {config.scheme_name} also offers "
             + (", ".join(str(n) for n in find_scheme(config.scheme_name).group_sizes if n != group) or "no other")
         )
 

@@ -109,8 +109,7 @@ def test_a_target_that_does_not_run_here_is_simulated_and_said_so(scheme: str, r
 
     if torch.cuda.is_available():
         pytest.skip("this machine may run the target")
-    group = ["--quantize.group-size=32"] if scheme == "int4" else []
-    options = ["--config", "tiny.yaml", "--qat", scheme, *group, "--eval.control=False", f"--run.name=sim-{scheme}"]
+    options = ["--config", "tiny.yaml", "--qat", scheme, "--eval.control=False", f"--run.name=sim-{scheme}"]
     done = _train(*options, root=root)
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = _metrics(root / f"sim-{scheme}")

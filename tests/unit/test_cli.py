@@ -208,11 +208,13 @@ class TestDryRun:
     def test_a_hub_that_cannot_be_reached(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        def unreachable(config: Any) -> Any:
+        def unreachable(*args: Any, **options: Any) -> Any:
             raise OSError("Name or service not known")
 
-        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)  # `make test` sets it
-        monkeypatch.setattr("train.model_size._download_settings", unreachable)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HF_HUB_OFFLINE", False
+        )  # read once, at import; `make test` sets it
+        monkeypatch.setattr("urllib.request.urlopen", unreachable)
         assert main(["--config=sft_qwen3.yaml", "--model.id=no/such-model-here", "--dry-run"]) == 0
         text = capsys.readouterr().out
         assert "no/such-model-here is not in the local cache" in text
@@ -220,11 +222,22 @@ class TestDryRun:
         assert "memory and disk" in text
 
     def test_what_would_stop_the_run(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["--config=tiny.yaml", "--dry-run", "--data.train=gone.jsonl", "--qat=int4"]) == 2
+        assert (
+            main(
+                [
+                    "--config=tiny.yaml",
+                    "--dry-run",
+                    "--data.train=gone.jsonl",
+                    "--qat=int4",
+                    "--quantize.group-size=256",
+                ]
+            )
+            == 2
+        )
         text = capsys.readouterr()
         assert "steps" in text.out
         assert "error: data.train: there is no file gone.jsonl" in text.err
-        assert "groups of 128 reach" in text.err
+        assert "group size 256 does not divide" in text.err
 
     def test_no_gpu_for_the_target(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(plan_module, "_has_nvidia", lambda: False)
