@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test test-all lock-check lock clean
+.PHONY: help setup demo check format test test-long test-all lock-check lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -41,6 +41,9 @@ format: setup ## let ruff rewrite what it can
 
 test: setup ## the tests, without the long ones and those that need a GPU; ARGS="-k name" passes options on
 	$(OFFLINE) $(BIN)/pytest -m "not slow and not gpu" $(ARGS)
+
+test-long: setup ## only the tests that `make test` leaves out: documented commands, all shipped configs, ...
+	$(OFFLINE) $(BIN)/pytest -m "slow and not gpu" $(ARGS)
 
 test-all: setup ## all tests but those that need a GPU
 	$(OFFLINE) $(BIN)/pytest -m "not gpu" $(ARGS)

@@ -18,26 +18,33 @@ from quantize.schemes import Scheme, Target
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "*.model")
 
 
-def load_plain(folder: Path, *, dtype: str | None = None, device: str = "cpu", **options: Any) -> nn.Module:
-    """A checkpoint through plain transformers: safetensors only, no code from the checkpoint."""
+def load_plain(
+    folder: Path, *, dtype: str | None = None, device: str = "cpu", trust_remote_code: bool = False, **options: Any
+) -> nn.Module:
+    """A checkpoint through plain transformers: safetensors only, and code from the checkpoint only where asked for."""
     from transformers import AutoModelForCausalLM
 
     if dtype is not None:
         options["dtype"] = getattr(torch, dtype)
     options.setdefault("attn_implementation", "sdpa")
     model = AutoModelForCausalLM.from_pretrained(
-        folder, device_map=device, use_safetensors=True, trust_remote_code=False, local_files_only=True, **options
+        folder,
+        device_map=device,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        local_files_only=True,
+        **options,
     )
     return model.eval()  # type: ignore[no-any-return]
 
 
-def inspect_model(folder: Path) -> nn.Module:
+def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
     """The model's modules without its weights (meta device)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
 
 
 def torchao_config(scheme: Scheme, target: Target, group_size: int | None, coverage: Coverage) -> dict[str, Any]:
@@ -63,7 +70,15 @@ def torchao_config(scheme: Scheme, target: Target, group_size: int | None, cover
 
 
 def convert_checkpoint(
-    source: Path, output: Path, scheme: Scheme, target: Target, *, group_size: int | None, dtype: str, device: str
+    source: Path,
+    output: Path,
+    scheme: Scheme,
+    target: Target,
+    *,
+    group_size: int | None,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool = False,
 ) -> Coverage:
     """Quantises the 16-bit checkpoint `source` for `target` and writes `output`, atomically.
 
@@ -72,37 +87,42 @@ def convert_checkpoint(
         output: folder to write; replaced as a whole when everything is on disk.
         dtype: dtype of the weights that stay unquantised ("float32", "bfloat16").
         device: where to convert; CUDA layouts need CUDA.
+        trust_remote_code: run the checkpoint's own model code.
 
     Raises:
         UserError: the scheme reaches no layer of this model.
     """
     from transformers import TorchAoConfig
 
-    coverage = select_layers(inspect_model(source), scheme, group_size)
+    coverage = select_layers(inspect_model(source, trust_remote_code=trust_remote_code), scheme, group_size)
     if not coverage.layers:
         reasons = "; ".join(sorted(set(coverage.skipped.values())))
         raise UserError(f"{scheme.name} reaches no layer of {source}: {reasons}")
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    untied = _untie(source, output.with_name(output.name + ".untied"), dtype) if scheme.embedding else source
+    untied = source
+    if scheme.embedding is not None:
+        untied = _untie(source, output.with_name(output.name + ".untied"), dtype, trust_remote_code)
     try:
         settings = TorchAoConfig(**torchao_config(scheme, target, group_size, coverage))
-        model = load_plain(untied, dtype=dtype, device=device, quantization_config=settings)
+        model = load_plain(
+            untied, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantization_config=settings
+        )
         _assert_quantised(model, coverage)
         model.save_pretrained(partial)  # type: ignore[operator]
     finally:
         if untied != source:
             shutil.rmtree(untied, ignore_errors=True)
-    copy_tokenizer(source, partial)
+    copy_companions(source, partial)
     sync_folder(partial)
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
     return coverage
 
 
-def _untie(source: Path, output: Path, dtype: str) -> Path:
+def _untie(source: Path, output: Path, dtype: str, trust_remote_code: bool) -> Path:
     """Writes the checkpoint with an lm_head of its own: embedding and lm_head ship in different formats."""
-    model: Any = load_plain(source, dtype=dtype)
+    model: Any = load_plain(source, dtype=dtype, trust_remote_code=trust_remote_code)
     if model.config.tie_word_embeddings:
         model.config.tie_word_embeddings = False
         model.lm_head.weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone())
@@ -117,9 +137,9 @@ def _assert_quantised(model: nn.Module, coverage: Coverage) -> None:
     assert not plain, f"torchao left {len(plain)} layers unquantised, the first is {plain[0]}"
 
 
-def copy_tokenizer(source: Path, output: Path) -> None:
-    """Copies the tokenizer, its chat template and the generation settings beside the weights."""
-    for pattern in (*TOKENIZER_FILES, "generation_config.json"):
+def copy_companions(source: Path, output: Path) -> None:
+    """Copies what lies beside the weights: tokenizer, chat template, generation settings, the model's own code."""
+    for pattern in (*TOKENIZER_FILES, "generation_config.json", "*.py"):
         for path in source.glob(pattern):
             shutil.copyfile(path, output / path.name)
 

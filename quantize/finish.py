@@ -105,11 +105,12 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
     chosen = {**chosen, "target": picked.name, "missing": []}
     reference = folder / ("control/merged" if gathered["control"] else "merged")
     common = {"data": str(folder / "data" / "eval.parquet"), "batch_size": gathered["batch_size"]}
+    trust = {"trust_remote_code": gathered["trust_remote_code"]}
     format_job = {key: chosen[key] for key in ("scheme", "target", "group_size")}
-    evaluate = {"kind": "evaluate", "dtype": gathered["dtype"], "reference": str(reference), **common}
+    evaluate = {"kind": "evaluate", "dtype": gathered["dtype"], "reference": str(reference), **common, **trust}
     jobs: list[dict[str, Any]] = [
         {"kind": "convert", "name": "convert", "source": str(folder / "merged"), "output": str(folder / "quantized"),
-         "dtype": gathered["dtype"], **format_job},
+         "dtype": gathered["dtype"], **format_job, **trust},
         {**evaluate, "name": "fake", "model": str(folder / "merged"), "simulate": format_job,
          "scores": str(folder / "eval" / "fake.npz")},
         {**evaluate, "name": "final", "model": str(folder / "quantized"), "dtype": None,

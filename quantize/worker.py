@@ -44,7 +44,7 @@ def run_jobs(
     with log.open("w", encoding="utf-8") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "quantize.worker", str(request)],
-            stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
         )  # fmt: skip
         assert process.stdout is not None
         try:
@@ -69,7 +69,7 @@ def evaluate(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> di
     """Scores one checkpoint, quantised or not, or the simulation of its quantised form.
 
     Keys: model, dtype, data (parquet), batch_size, scores (npz to write); optional simulate {scheme, target,
-    group_size}, reference (a checkpoint to measure KL from).
+    group_size}, reference (a checkpoint to measure KL from), trust_remote_code.
     """
     import torch
 
@@ -80,7 +80,8 @@ def evaluate(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> di
     from quantize.simulate import simulate_
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_plain(Path(job["model"]), dtype=job.get("dtype"), device=device)
+    options = {"device": device, "trust_remote_code": job.get("trust_remote_code", False)}
+    model = load_plain(Path(job["model"]), dtype=job.get("dtype"), **options)
     memory = memory_bytes(model)
     if simulate := job.get("simulate"):
         scheme = find_scheme(simulate["scheme"])
@@ -88,7 +89,7 @@ def evaluate(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> di
         simulate_(model, scheme, scheme.find_target(simulate["target"]), simulate["group_size"], coverage)
     reference = None
     if job.get("reference"):
-        reference = load_plain(Path(job["reference"]), dtype=job.get("reference_dtype"), device=device)
+        reference = load_plain(Path(job["reference"]), dtype=job.get("reference_dtype"), **options)
     samples = read_samples(Path(job["data"]))
     scores = evaluate_model(model, samples, batch_size=job["batch_size"], reference=reference, progress=progress)
     scores.save(Path(job["scores"]))
@@ -96,7 +97,7 @@ def evaluate(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> di
 
 
 def convert(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Converts one checkpoint. Keys: source, output, scheme, target, group_size, dtype."""
+    """Converts one checkpoint. Keys: source, output, scheme, target, group_size, dtype; optional trust_remote_code."""
     import torch
 
     from quantize.convert import convert_checkpoint
@@ -111,15 +112,25 @@ def convert(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dic
         group_size=job["group_size"],
         dtype=job["dtype"],
         device="cuda" if torch.cuda.is_available() else "cpu",
+        trust_remote_code=job.get("trust_remote_code", False),
     )
     progress(1, 1)
     return {"coverage": coverage.as_dict()}
 
 
+def _end_with_parent() -> None:
+    """The parent holds the other end of stdin: once it is gone, even by SIGKILL, its resumed run writes these files."""
+    while os.read(0, 1):  # not through sys.stdin, whose lock the interpreter wants when it ends
+        pass
+    os._exit(1)
+
+
 def main(argv: Sequence[str]) -> int:
     """Entry of the fresh process: `python -m quantize.worker REQUEST`."""
     import gc
+    import threading
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     request = Path(argv[0])
     answer = request.with_suffix(".answer.json")
     kinds = {"evaluate": evaluate, "convert": convert}

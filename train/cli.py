@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import sys
 import traceback
@@ -16,6 +18,9 @@ from quantize.errors import Stopped, UserError
 
 _FLAGS = ("--dry-run", "--debug", "--version", "--help")
 _VALUES = ("--config", "--resume")
+# Loggers that warn, at each start, of what no user of this command can or need change.
+_NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes", "transformers.trainer_utils")
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _DESCRIPTION = """LoRA fine-tuning that keeps the weights on the quantisation grid they will ship on.
 
   train --config quickstart.yaml --qat int8-int4
@@ -102,6 +107,9 @@ def _report(error: BaseException, *, debug: bool) -> int:
         lines, code = [f"stopped; continue with: {error.resume_command}"], 128 + error.signal_number
     elif isinstance(error, KeyboardInterrupt):
         lines, code = ["interrupted"], 130
+    elif isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        where = f" ({error.filename})" if error.filename else ""
+        lines, code = [f"error: {error.strerror}{where}; free some space, then continue with: train --resume RUN"], 2
     else:
         lines, code = [_failure(error, debug=debug)], 1
     print(*lines, sep="\n", file=sys.stderr)
@@ -124,6 +132,9 @@ def _run(line: CommandLine, argv: list[str]) -> int:
         errors.append("say what to train: --config FILE (as --config quickstart.yaml), or --resume RUN; see --help")
     if errors:
         raise UserError(*errors)
+    if "--debug" not in line.flags:
+        for name in _NOISY:
+            logging.getLogger(name).setLevel(logging.ERROR)
     return _resume(line, argv) if line.resume else _start(line, argv)
 
 
@@ -131,7 +142,7 @@ def _start(line: CommandLine, argv: list[str]) -> int:
     from train.config_loading import load_config
 
     assert line.config is not None
-    config = load_config(line.config, line.overrides)
+    config = load_config(line.config, line.overrides, with_inputs=True)
     if "--dry-run" in line.flags:
         return _print_plan(config)
     from train.pipeline import run

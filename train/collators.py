@@ -83,6 +83,7 @@ class PackedCollator:
             "input_ids": _one_row(examples, "input_ids"),
             "labels": _one_row(examples, "labels"),
             "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
+            "use_cache": False,  # with a cache, transformers takes the row for one sample
             "rows": _one_row(examples, "row").unique(),
         }
         if self.name_lengths:

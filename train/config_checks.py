@@ -48,6 +48,23 @@ _OWN_ELSEWHERE = {
     "trust_remote_code": "model.trust_remote_code",
 }
 """SFTConfig fields that ongrid sets itself, and the key or option to use."""
+_TRACKERS = {
+    "azure_ml": ("azureml",),
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "comet_ml": ("comet_ml",),
+    "dagshub": ("dagshub",),
+    "dvclive": ("dvclive",),
+    "flyte": ("flytekit",),
+    "kubeflow": (),
+    "mlflow": ("mlflow",),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
+"""Trackers of transformers' Trainer, and the packages one of which each needs."""
 
 
 def find_problems(config: RunConfig) -> list[Problem]:
@@ -181,15 +198,31 @@ def _steps(config: RunConfig) -> Iterator[Problem]:
 
 
 def _tracking(config: RunConfig) -> Iterator[Problem]:
-    reports = config.train.report_to
-    if config.track.wandb != "off" and not {"wandb", "all"}.isdisjoint(
-        [reports] if isinstance(reports, str) else reports
-    ):
+    asked = config.train.report_to
+    reports = [asked] if isinstance(asked, str) else asked
+    for name in reports:
+        packages = _TRACKERS.get(name)
+        if packages and not any(importlib.util.find_spec(package) for package in packages):
+            text = f"train.report_to={name}: {packages[0]} is not installed; pip install {packages[0]}, or leave it out"
+            yield Problem(("train.report_to",), text)
+        elif packages is None and name not in ("none", "all"):
+            near = difflib.get_close_matches(name, _TRACKERS, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            text = f"train.report_to={name} is no tracker of transformers; {hint}choose from {', '.join(_TRACKERS)}"
+            yield Problem(("train.report_to",), text)
+    if config.track.wandb != "off" and not {"wandb", "all"}.isdisjoint(reports):
         text = "train.report_to names wandb beside track.wandb: two W&B runs; take wandb out of train.report_to"
         yield Problem(("train.report_to", "track.wandb"), text)
 
 
 def _adapter(config: RunConfig) -> Iterator[Problem]:
+    if config.lora and config.lora.use_dora:
+        if config.model.backend == "unsloth":
+            text = "lora.use_dora: unsloth trains without the magnitudes of DoRA; set model.backend=peft"
+            yield Problem(("lora.use_dora", "model.backend"), text)
+        if config.model.load_in_4bit:
+            text = "lora.use_dora is not merged into weights that were loaded in 4 bit; leave one of the two out"
+            yield Problem(("lora.use_dora", "model.load_in_4bit"), text)
     modules = config.lora.target_modules if config.lora else "all-linear"
     if isinstance(modules, str) and modules != "all-linear" and modules.isidentifier():
         text = (

@@ -17,6 +17,7 @@ from train.config import RunConfig
 from train.config_checks import check_extra, find_problems
 from train.config_messages import Origins, describe_error, shown
 from train.config_values import Override, PlainLoader, annotation_at, kinds_of, parse_options, section_of
+from train.inputs import missing_inputs
 
 __all__ = ["check_extra", "find_config", "load_config", "read_file"]
 
@@ -51,12 +52,13 @@ def find_config(name: str) -> Path:
     raise UserError(f"--config {name}: no such file; {hint}packaged configs: {', '.join(packaged) or 'none'}")
 
 
-def load_config(path_or_name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path_or_name: str | Path, overrides: Sequence[str] = (), *, with_inputs: bool = False) -> RunConfig:
     """Reads a YAML file or a config.resolved.json, and puts the command line's options over it.
 
     Args:
         path_or_name: as in `find_config`.
         overrides: options as typed, as ["--qat", "int8-int4", "--train.max-steps=8"].
+        with_inputs: where settings are wrong, say too what is wrong with the model and the data.
 
     Raises:
         UserError: one line for each thing that is wrong, with the file and line or the option as typed.
@@ -74,7 +76,7 @@ def load_config(path_or_name: str | Path, overrides: Sequence[str] = ()) -> RunC
         if section_of(field.annotation) and values.get(name) is None and type(None) not in kinds_of(field.annotation):
             values[name] = {}  # a section without a key under it
     given = {option.path for option in options}
-    config = _validated(values, Origins(str(file), origins), errors)
+    config = _validated(values, Origins(str(file), origins), errors, with_inputs)
     if config.model.random == "tiny" and not given & {("data",), ("data", "train")} and _is_packaged(file):
         config = _without_hub(config)
     return config
@@ -141,7 +143,7 @@ def _put(values: dict[str, Any], option: Override) -> str | None:
     return None
 
 
-def _validated(values: dict[str, Any], origins: Origins, errors: list[str]) -> RunConfig:
+def _validated(values: dict[str, Any], origins: Origins, errors: list[str], with_inputs: bool) -> RunConfig:
     """Validates, and where single values are wrong validates the rest too, so that every error is seen at once."""
     lines, bad = list(errors), set[tuple[str, ...]]()
     try:
@@ -151,14 +153,17 @@ def _validated(values: dict[str, Any], origins: Origins, errors: list[str]) -> R
             bad.add(path)
             lines.append(describe_error(path, kind, values, origins))
         config = _without(values, bad)
+    sections = {path[0] for path in bad}
     for problem in find_problems(config):
         if not any(_overlap(tuple(key.split(".")), path) for key in problem.keys for path in bad):
             places = dict.fromkeys(origins.place(key.split(".")) for key in problem.keys)
             given = [place for place in places if place != origins.file] or [origins.file]
             lines.append(f"{problem.text} ({', '.join(given)})")
+            sections |= {key.partition(".")[0] for key in problem.keys}
+    config = _with_packaged_data(config)
     if lines:
-        raise UserError(*lines)
-    return _with_packaged_data(config)
+        raise UserError(*lines, *(missing_inputs(config, sections) if with_inputs else ()))
+    return config
 
 
 def _distinct(error: ValidationError) -> list[tuple[tuple[str, ...], str]]:

@@ -38,6 +38,11 @@ class Learner:
     model: Any
     prepared: Prepared | None
 
+    @property
+    def fake_quantised(self) -> tuple[str, ...]:
+        """Names of the fake-quantised layers."""
+        return self.prepared.coverage.layers if self.prepared else ()
+
 
 def build_learner(
     config: RunConfig, backend: Backend, folder: Path, plan: QatPlan | None, *, dtype: str, adapter: Path | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from quantize.errors import UserError
@@ -17,24 +17,37 @@ def check_inputs(config: RunConfig) -> None:
     Raises:
         UserError: one line for each thing that is wrong.
     """
-    from train.config_checks import check_config
+    from train.config_checks import find_problems
+
+    problems = find_problems(config)
+    bad = {key.partition(".")[0] for problem in problems for key in problem.keys}
+    lines = [*(problem.text for problem in problems), *missing_inputs(config, bad)]
+    if lines:
+        raise UserError(*lines)
+
+
+def missing_inputs(config: RunConfig, bad: Collection[str] = ()) -> list[str]:
+    """What is wrong with the model, the data and the group size, one line each.
+
+    Args:
+        bad: sections (and `qat`) whose settings are known to be wrong; what depends on them is not looked at.
+    """
     from train.data import check_data_source
     from train.models import check_model_source
 
-    checks: tuple[Callable[[], None], ...] = (
-        lambda: check_config(config),
-        lambda: check_model_source(config.model),
-        lambda: check_data_source(config.data),
-        lambda: _check_groups(config),
+    checks: tuple[tuple[set[str], Callable[[], None]], ...] = (
+        ({"model"}, lambda: check_model_source(config.model)),
+        ({"data"}, lambda: check_data_source(config.data)),
+        ({"model", "quantize", "qat"}, lambda: _check_groups(config)),
     )
     lines: list[str] = []
-    for check in checks:
-        try:
-            check()
-        except UserError as error:
-            lines += error.lines
-    if lines:
-        raise UserError(*lines)
+    for needed, check in checks:
+        if needed.isdisjoint(bad):
+            try:
+                check()
+            except UserError as error:
+                lines += error.lines
+    return lines
 
 
 def _check_groups(config: RunConfig) -> None:

@@ -3,51 +3,67 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from qat.prepare import adapter_of, layer_merged_weight
-from quantize.convert import copy_tokenizer
+from qat.prepare import adapter_of, base_linear, layer_merged_weight
+from quantize.convert import copy_companions
 from quantize.layers import plain_name
 from train.fit import Learner
 
+if TYPE_CHECKING:
+    from train.config import ModelConfig
+
 
 @torch.no_grad()
-def write_merged(learner: Learner, source: Path, output: Path, *, dtype: str, in_4bit: bool = False) -> None:
+def write_merged(learner: Learner, source: Path, output: Path, *, dtype: str, settings: ModelConfig) -> None:
     """Writes `output` as a transformers checkpoint in safetensors, with tokenizer and chat template.
 
     Args:
         learner: the trained model; its weights are read, not changed.
         source: the model before fine-tuning: config, tokenizer and, under QLoRA, the 16-bit weights.
         dtype: dtype of the merged weights.
-        in_4bit: the live base weights are 4-bit, so W is read from `source`.
+        settings: section `model`. With load_in_4bit the live base weights are 4-bit, so W is read from `source`.
     """
     from huggingface_hub import save_torch_state_dict
     from transformers import AutoConfig, GenerationConfig
 
     target = getattr(torch, dtype)
-    weights = _source_weights(source) if in_4bit else _live_weights(learner.model)
+    weights = _source_weights(source) if settings.load_in_4bit else _live_weights(learner.model)
     for name, module in learner.model.named_modules():
         if adapter_of(module)[0] is None:
             continue
         key = f"{plain_name(name)}.weight"
-        if in_4bit:
+        if settings.load_in_4bit:
             lora_a, lora_b = adapter_of(module)
             (adapter,) = module.active_adapters
             delta = module.scaling[adapter] * (lora_b.float() @ lora_a.float())  # type: ignore[union-attr]
             weights[key] = (weights[key].to(delta.device).float() + delta).to(target)
+        elif any(module.use_dora.values()):
+            weights[key] = _peft_merged_weight(module)
         else:
             weights[key] = layer_merged_weight(module, target)
     state = {name: weight.detach().to("cpu", target).contiguous() for name, weight in weights.items()}
     save_torch_state_dict(state, output, metadata={"format": "pt"})
-    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=settings.trust_remote_code)
     config.dtype = target
     config.save_pretrained(output)
     if (source / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(source).save_pretrained(output)
-    copy_tokenizer(source, output)
+    copy_companions(source, output)
+
+
+def _peft_merged_weight(module: Any) -> Tensor:
+    """The weight as peft merges it: for adapters that are more than W + s B A."""
+    linear = base_linear(module)
+    before = linear.weight.data.clone()
+    module.merge(safe_merge=True)
+    merged = linear.weight.data
+    linear.weight.data = before
+    module.merged_adapters.clear()
+    return merged
 
 
 def _live_weights(model: Any) -> dict[str, Tensor]:

@@ -90,7 +90,11 @@ class Stages:
         """Imports the backend, first of all that touches transformers."""
         from train.backends import pick_backend
 
-        return pick_backend(self.config.model.backend)
+        backend = pick_backend(self.config.model.backend)
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()  # one bar at a time: the console's
+        return backend
 
     def model(self) -> LocalModel:
         """The model as a local folder."""
@@ -111,7 +115,8 @@ class Stages:
         """The model's tokenizer, with the configured chat template."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        trust = self.config.model.trust_remote_code
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
 
     def data(self, model: LocalModel) -> Prepared:
         """Tokenised, split and fingerprinted data; one mask-coloured example is shown."""
@@ -139,7 +144,13 @@ class Stages:
 
     def baseline(self, model: LocalModel, data: Prepared) -> dict[str, Any]:
         """The model before fine-tuning, and quantised as it is; kept across runs."""
-        key = _key(self.model_key, self.data_key, self._format_key(), self.merged_dtype, self.config.eval.batch_size)
+        manifest = self.directory.read_json("manifest.json")
+        computed_by = [
+            manifest["device"],
+            *(manifest["packages"][name] for name in ("torch", "torchao", "transformers")),
+        ]
+        settings = [self.merged_dtype, self.config.eval.batch_size, computed_by]
+        key = _key(self.model_key, self.data_key, self._format_key(), settings)
         store = self.cache / "baseline" / key
 
         def work() -> dict[str, Any]:
@@ -216,7 +227,7 @@ class Stages:
             try:
                 tokenizer = self.tokenizer(model.folder)
                 folder = home / "checkpoints"
-                with backend.training(fake_quantised=plan is not None):
+                with backend.computing(learner.fake_quantised):
                     done = fit(
                         learner, config, tokenizer, data.train, folder, self._step(arm), lambda: self.stop.requested
                     )
@@ -236,9 +247,10 @@ class Stages:
             )
             loss = None
             if arm == "tuned":
-                loss = backend_loss(ready.model, read_samples(self._eval_data), config.eval.batch_size)
+                with backend.computing(ready.fake_quantised):
+                    loss = backend_loss(ready.model, read_samples(self._eval_data), config.eval.batch_size)
             with self.directory.commit_folder(str((home / "merged").relative_to(self.directory.path))) as folder:
-                write_merged(ready, model.folder, folder, dtype=self.merged_dtype, in_4bit=config.model.load_in_4bit)
+                write_merged(ready, model.folder, folder, dtype=self.merged_dtype, settings=config.model)
             return {"backend_loss": loss, **trained}
 
         result = self._stage(f"merge-{arm}", key, merge)
@@ -260,6 +272,7 @@ class Stages:
             "source": str(tuned.merged),
             "output": str(self.directory.path / "quantized"),
             "dtype": self.merged_dtype,
+            "trust_remote_code": self.config.model.trust_remote_code,
             **chosen.job(),
         }
         return self._stage("quantise", key, lambda: self._work("quantise", [job])[0])
@@ -321,6 +334,7 @@ class Stages:
             "control": control is not None,
             "control_asked": self.config.eval.control,
             "dtype": self.merged_dtype,
+            "trust_remote_code": self.config.model.trust_remote_code,
             "batch_size": self.config.eval.batch_size,
             "baseline": baseline,
             "arms": arms,
@@ -385,6 +399,7 @@ class Stages:
             "scores": str(scores or self._scores(arm)),
             "reference": str(reference) if reference else None,
             "reference_dtype": self._plain_dtype,
+            "trust_remote_code": self.config.model.trust_remote_code,
         }
         if simulate and self.format is not None:
             job["simulate"] = self.format.job()

@@ -1,56 +1,19 @@
-"""The whole line on the tiny model: one run of everything, then what users do to runs."""
+"""The whole line on the tiny model: one run of everything, then its variants."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-TRAIN = [sys.executable, "-m", "train"]
+TINY = ("--config", "tiny.yaml", "--qat", "int8-int4")
 ARMS = ("base", "base_quantized", "control", "ptq", "tuned", "final")
 
 
-def _environment() -> dict[str, str]:
-    return {
-        **os.environ,
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "HF_HUB_OFFLINE": "1",
-        "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1",
-    }
-
-
-def _train(*options: str, root: Path) -> subprocess.CompletedProcess[str]:
-    command = [*TRAIN, *options, f"--run.root={root}"]
-    return subprocess.run(command, capture_output=True, text=True, env=_environment(), timeout=400)
-
-
-def _metrics(path: Path) -> dict[str, Any]:
-    return json.loads((path / "metrics.json").read_text())  # type: ignore[no-any-return]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One root for all runs, so that baselines and models are made once."""
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def finished(root: Path) -> Path:
-    """An unbroken int8-int4 run."""
-    done = _train("--config", "tiny.yaml", "--qat", "int8-int4", "--run.name=whole", root=root)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return root / "whole"
-
-
-def test_what_is_trained_is_what_is_shipped(finished: Path) -> None:
-    metrics = _metrics(finished)
+def test_what_is_trained_is_what_is_shipped(finished: Path, runs: Any) -> None:
+    metrics = runs.metrics(finished)
     assert metrics["train_ship_gap"] == 0.0
     assert abs(metrics["backend_gap"]) < 1e-4
     assert all(metrics[arm]["loss"] > 0 for arm in ARMS)
@@ -62,6 +25,22 @@ def test_what_is_trained_is_what_is_shipped(finished: Path) -> None:
         assert (finished / name).stat().st_size > 0
 
 
+def test_every_key_of_the_metrics_is_there_or_has_its_reason(finished: Path, runs: Any) -> None:
+    metrics = runs.metrics(finished)
+    contract = [
+        *(f"{arm}.{name}" for arm in ARMS for name in ("loss", "accuracy")),
+        "train_ship_gap", "backend_gap", "recovered", "kl.final", "size.tuned_mib", "size.final_mib",
+        "size.bits_per_weight", "coverage.quantized_fraction", "coverage.skipped", "scheme", "target", "simulated",
+    ]  # fmt: skip
+    for dotted in contract:
+        value: Any = metrics
+        for key in dotted.split("."):
+            assert key in value, dotted
+            value = value[key]
+        explained = any(dotted.startswith(name) for name in metrics["why"])
+        assert value is not None or explained, dotted
+
+
 def test_the_checkpoint_loads_with_plain_transformers_and_is_quantised(finished: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -70,70 +49,116 @@ def test_the_checkpoint_loads_with_plain_transformers_and_is_quantised(finished:
     assert AutoTokenizer.from_pretrained(finished / "quantized").chat_template
 
 
-def test_a_killed_run_resumes_to_the_same_metrics(finished: Path, root: Path) -> None:
-    command = [*TRAIN, "--config", "tiny.yaml", "--qat", "int8-int4", f"--run.root={root}", "--run.name=killed"]
-    process = subprocess.Popen(
-        command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "fit-tuned: 6/8" in line:
-            process.send_signal(signal.SIGKILL)
-            break
-    process.wait(timeout=60)
-    assert not (root / "killed" / "metrics.json").exists()
-    done = _train("--resume", "killed", root=root)
+def test_the_same_command_again_finds_everything_done(finished: Path, runs: Any) -> None:
+    before = (finished / "metrics.json").read_bytes()
+    done = runs.train(*TINY, "--run.name=whole")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "fit-control: already done" in done.stdout
-    assert _metrics(root / "killed") == _metrics(finished)
+    assert "fit-tuned: already done" in done.stdout and "final: already done" in done.stdout
+    assert (finished / "metrics.json").read_bytes() == before
 
 
-def test_sigterm_saves_the_state_and_says_how_to_go_on(finished: Path, root: Path) -> None:
-    command = [*TRAIN, "--config", "tiny.yaml", f"--run.root={root}", "--run.name=stopped", "--train.max-steps=500"]
-    process = subprocess.Popen(command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stderr is not None
-    for line in process.stdout:
-        if "fit-tuned: " in line:
-            process.send_signal(signal.SIGTERM)
-            break
-    started = time.monotonic()
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 143, errors[-3000:]
-    assert "train --resume" in errors and time.monotonic() - started < 120
-    assert list((root / "stopped" / "checkpoints").glob("checkpoint-*"))
-
-
-@pytest.mark.parametrize("scheme", ["int4", "fp8"])
-def test_a_target_that_does_not_run_here_is_simulated_and_said_so(scheme: str, root: Path) -> None:
+@pytest.mark.parametrize("scheme", ["int4", pytest.param("fp8", marks=pytest.mark.slow)])
+def test_a_target_that_does_not_run_here_is_simulated_and_said_so(scheme: str, runs: Any) -> None:
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("this machine may run the target")
-    options = ["--config", "tiny.yaml", "--qat", scheme, "--eval.control=False", f"--run.name=sim-{scheme}"]
-    done = _train(*options, root=root)
-    assert done.returncode == 0, done.stderr[-3000:]
-    metrics = _metrics(root / f"sim-{scheme}")
+    run = runs.finish("--config", "tiny.yaml", "--qat", scheme, "--eval.control=False", f"--run.name=sim-{scheme}")
+    metrics = runs.metrics(run)
     assert metrics["simulated"] and metrics["final"]["simulated"]
-    assert not (root / f"sim-{scheme}" / "quantized").exists()
-    assert (root / f"sim-{scheme}" / "merged" / "config.json").is_file()
-    assert "quantize convert" in (root / f"sim-{scheme}" / "report.md").read_text()
+    assert not (run / "quantized").exists()
+    assert (run / "merged" / "config.json").is_file()
+    assert f"quantize convert {run} --target" in (run / "report.md").read_text()
+    refused = runs.quantize("convert", str(run))
+    assert refused.returncode == 2 and "this machine lacks a CUDA GPU" in refused.stderr
 
 
-def test_the_peft_backend_agrees_with_unsloth(finished: Path, root: Path) -> None:
-    done = _train(
-        "--config", "tiny.yaml", "--qat", "int8-int4", "--model.backend=peft", "--run.name=peft", root=root
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    ours, theirs = _metrics(finished), _metrics(root / "peft")
+def test_the_peft_backend_agrees_with_unsloth(finished: Path, runs: Any) -> None:
+    ours, theirs = runs.metrics(finished), runs.metrics(runs.finish(*TINY, "--model.backend=peft", "--run.name=peft"))
     assert theirs["train_ship_gap"] == 0.0
     assert abs(ours["final"]["loss"] - theirs["final"]["loss"]) < 0.01
 
 
-def test_no_adapters_means_full_fine_tuning(root: Path) -> None:
-    options = ["--lora=None", "--train.learning-rate=1e-3", "--eval.control=False", "--run.name=full"]
-    done = _train("--config", "tiny.yaml", "--qat", "int8-int4", *options, root=root)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert _metrics(root / "full")["train_ship_gap"] == 0.0
+def test_no_adapters_means_full_fine_tuning(runs: Any) -> None:
+    options = ("--lora=None", "--train.learning-rate=1e-3", "--eval.control=False", "--run.name=full")
+    run = runs.finish(*TINY, *options)
+    assert runs.metrics(run)["train_ship_gap"] == 0.0
+    # As after a kill between the last step and the merge: the weights come back from the run directory.
+    before = (run / "metrics.json").read_bytes()
+    manifest = json.loads((run / "manifest.json").read_text())
+    for stage in ("merge-tuned", "arms", "quantise", "final"):
+        del manifest["stages"][stage]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    again = runs.train("--resume", str(run))
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "fit-tuned: already done" in again.stdout
+    assert (run / "metrics.json").read_bytes() == before
+
+
+def test_the_mobile_recipe_quantises_embedding_and_lm_head(runs: Any) -> None:
+    from safetensors import safe_open
+
+    options = ("--qat", "int8-int4-mobile", "--eval.control=False", "--run.name=mobile")
+    run = runs.finish("--config", "tiny.yaml", *options)
+    metrics = runs.metrics(run)
+    assert metrics["train_ship_gap"] == 0.0
+    assert metrics["coverage"]["skipped"] == {}
+    settings = json.loads((run / "quantized" / "config.json").read_text())
+    assert settings["tie_word_embeddings"] is False
+    (file,) = (run / "quantized").glob("*.safetensors")
+    with safe_open(file, "np") as stored:
+        names = set(stored.keys())
+    for layer in ("lm_head", "model.embed_tokens", "model.layers.1.mlp.down_proj"):
+        assert any(name.startswith(f"{layer}.") and "qdata" in name for name in names), sorted(names)[:20]
+
+
+def test_without_qat_a_scheme_means_quantisation_after_training(runs: Any) -> None:
+    run = runs.finish("--config", "tiny.yaml", "--quantize.scheme=int8-int4", "--run.name=ptq")
+    metrics = runs.metrics(run)
+    assert metrics["control"]["loss"] is None and metrics["why"]["control"]
+    assert metrics["train_ship_gap"] is None
+    assert metrics["final"]["loss"] > 0 and (run / "quantized" / "config.json").is_file()
+
+
+def test_4_bit_loading_trains_adapters_for_the_16_bit_weights(runs: Any) -> None:
+    options = ("--model.load-in-4bit=True", "--model.backend=peft", "--run.name=qlora")
+    metrics = runs.metrics(runs.finish("--config", "tiny.yaml", *options))
+    assert metrics["tuned"]["loss"] < metrics["base"]["loss"]
+    assert metrics["final"]["loss"] is None and "nothing is quantised" in metrics["why"]["final"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["unsloth", "peft"])
+def test_packing_changes_the_padding_and_nothing_else(backend: str, runs: Any) -> None:
+    """One step over the same samples, once padded and once packed: the same loss, of weights that attend strongly."""
+    options = ["--config", "tiny.yaml", f"--model.backend={backend}", "--data.train-samples=16", "--train.max-steps=1"]
+    options.append("--model.shape.initializer_range=0.3")
+    losses = []
+    for packing in (False, True):
+        name = f"--run.name=packing-{backend}-{packing}"
+        run = runs.finish(*options, "--train.per-device-train-batch-size=16", f"--data.packing={packing}", name)
+        events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+        losses.append(next(event["loss"] for event in events if event["kind"] == "step"))
+    assert losses[0] == pytest.approx(losses[1], rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "sft_qwen3",
+        pytest.param("sft_phi4_mini", marks=pytest.mark.slow),
+        pytest.param("sft_smollm3", marks=pytest.mark.slow),
+        pytest.param("sft_gemma3_270m", marks=pytest.mark.slow),
+    ],
+)
+def test_every_shipped_config_runs_offline_on_a_tiny_model_of_its_architecture(config: str, runs: Any) -> None:
+    few = ("--train.max-steps=3", "--train.warmup-steps=1", "--train.gradient-accumulation-steps=1")
+    small = ("--train.max-length=256", "--data.train-samples=64", "--data.eval-samples=12", f"--run.name={config}")
+    run = runs.finish("--config", f"{config}.yaml", "--qat", "int8-int4", "--model.random=tiny", *few, *small)
+    metrics = runs.metrics(run)
+    assert metrics["train_ship_gap"] == 0.0
+    assert metrics["coverage"]["quantized_fraction"] == 1.0
+    assert abs(metrics["backend_gap"]) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -141,15 +166,48 @@ def test_no_adapters_means_full_fine_tuning(root: Path) -> None:
     [
         (["--qat", "int9"], "unknown scheme"),
         (["--train.learning_rat=1"], "did you mean"),
-        (["--model.id=nowhere/nothing", "--model.random=None"], "model.id"),
+        (["--model.id=nowhere/nothing", "--model.random=None"], "model.id: nowhere/nothing is no local folder"),
         (["--data.train=nowhere.jsonl"], "no file nowhere.jsonl"),
+        (["--data.train=nobody/nothing"], "data: nobody/nothing is no local file, and HF_HUB_OFFLINE is set"),
         (["--qat=int8-int4", "--quantize.group-size=256"], "group size 256 does not divide"),
         (["--data.format=alpaca"], "instruction"),
         (["--train.max-length=8"], "no trainable token after truncation"),
+        (["--lora.use_dora=True"], "set model.backend=peft"),
+        (["--train.report_to=mlflow"], "mlflow is not installed"),
+        (["--run.root=/proc/nowhere"], "cannot be written"),
+        (["--train.learning-rate=1e30", "--train.max-grad-norm=0"], "on the data rows"),
     ],
 )
-def test_bad_input_is_exit_2_without_traceback(options: list[str], said: str, root: Path) -> None:
-    done = _train("--config", "tiny.yaml", *options, root=root)
+def test_bad_input_is_exit_2_without_traceback(options: list[str], said: str, runs: Any) -> None:
+    done = runs.train("--config", "tiny.yaml", *options)
     assert done.returncode == 2, done.stderr[-3000:]
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_all_that_is_wrong_is_said_at_once(runs: Any) -> None:
+    done = runs.train(
+        "--config", "tiny.yaml", "--data.train=gone.jsonl", "--data.eval=lost.csv", "--qat=int9", "--train.step=8"
+    )
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 4, done.stderr
+    for said in ("gone.jsonl", "lost.csv", "int9", "train.step"):
+        assert said in done.stderr
+
+
+def test_other_trackers_of_transformers_are_told_every_step(runs: Any) -> None:
+    options = ("--train.report_to=tensorboard", "--model.backend=peft", "--run.name=board")
+    run = runs.finish("--config", "tiny.yaml", *options)
+    assert list(run.rglob("events.out.tfevents.*"))
+
+
+def test_wandb_offline_keeps_its_run_id_when_the_run_is_continued(runs: Any) -> None:
+    options = ("--track.wandb=offline", "--model.backend=peft", "--run.name=tracked")
+    run = runs.finish("--config", "tiny.yaml", *options)
+    run_id = json.loads((run / "manifest.json").read_text())["wandb_run_id"]
+    again = runs.train("--resume", str(run))
+    assert again.returncode == 0, again.stderr[-3000:]
+    folders = sorted((run / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    assert all(folder.name.endswith(run_id) for folder in folders)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,8 +24,8 @@ class Backend(Protocol):
     def add_lora(self, model: Any, lora: LoraConfig, *, seed: int, gradient_checkpointing: bool) -> Any:
         """The PEFT model with one LoRA adapter named "default"."""
 
-    def training(self, *, fake_quantised: bool) -> AbstractContextManager[None]:
-        """Held while a model trains: the backend leaves out what fake quantisation does not allow."""
+    def computing(self, fake_quantised: Collection[str]) -> AbstractContextManager[None]:
+        """Held while the training graph runs: the backend leaves out what these fake-quantised layers do not allow."""
 
 
 def pick_backend(name: str) -> Backend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,6 @@ class PeftBackend:
             model.enable_input_require_grads()
         return peft.get_peft_model(model, settings)
 
-    def training(self, *, fake_quantised: bool) -> AbstractContextManager[None]:
-        """See `Backend.training`."""
+    def computing(self, fake_quantised: Collection[str]) -> AbstractContextManager[None]:
+        """See `Backend.computing`."""
         return nullcontext()

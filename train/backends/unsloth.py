@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,22 +54,28 @@ class UnslothBackend:
         )
 
     @contextmanager
-    def training(self, *, fake_quantised: bool) -> Iterator[None]:
-        """See `Backend.training`."""
-        # On CUDA unsloth compiles each decoder layer as one region. The compiler may keep in fp32 what the round trip
-        # rounds to bf16 in between, which would train other numbers than those that ship. Unsloth reads the variable at
-        # each call; without the region its fused kernels run, and they call a fake-quantised projection as it is.
-        name = "UNSLOTH_BLOCK_COMPILE"
-        before = os.environ.get(name)
+    def computing(self, fake_quantised: Collection[str]) -> Iterator[None]:
+        """See `Backend.computing`."""
+        # Unsloth reads both variables at each call.
+        settings: dict[str, str] = {}
         if fake_quantised:
-            os.environ[name] = "0"
+            # On CUDA unsloth compiles each decoder layer as one region. The compiler may keep in fp32 what the round
+            # trip rounds to bf16 in between, which would train other numbers than those that ship. Without the region
+            # its fused kernels run, and they call a fake-quantised projection as it is.
+            settings["UNSLOTH_BLOCK_COMPILE"] = "0"
+        if "lm_head" in fake_quantised:
+            # The chunked loss multiplies by lm_head's weight and goes past its quantiser; with logits it is called.
+            settings["UNSLOTH_RETURN_LOGITS"] = "1"
+        before = {name: os.environ.get(name) for name in settings}
+        os.environ.update(settings)
         try:
             yield
         finally:
-            if before is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = before
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
 
 def _linear_names(model: Any) -> list[str]:

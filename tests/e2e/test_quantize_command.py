@@ -1,0 +1,92 @@
+"""`quantize` as a user types it: the formats, folders, runs that were trained elsewhere, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantize.cli import main
+from quantize.finish import write_report
+from quantize.schemes import SCHEMES
+
+
+def test_the_formats_say_where_they_run_and_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schemes"]) == 0
+    text = capsys.readouterr().out
+    for name, scheme in SCHEMES.items():
+        assert f"{name}: {scheme.summary}" in text
+        assert all(target in text for target in scheme.targets)
+    assert "runs here" in text
+
+
+def test_a_folder_becomes_a_quantised_checkpoint(finished: Path, runs: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    output = tmp_path / "small"
+    options = ("--scheme", "int8-int4", "--group-size", "64", "--output", str(output))
+    done = runs.quantize("convert", str(finished / "merged"), *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "kept in 16 bit: lm_head" in done.stdout
+    weight = AutoModelForCausalLM.from_pretrained(output).model.layers[0].mlp.down_proj.weight
+    assert weight.block_size == (1, 64)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
+
+
+def test_a_run_that_was_simulated_is_finished_where_its_target_runs(finished: Path, runs: Any, tmp_path: Path) -> None:
+    """As after training on a machine that lacks the target: merged/ is there, quantized/ is not."""
+    run = tmp_path / "elsewhere"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "quantized")
+    gathered = json.loads((run / "gathered.json").read_text())
+    gathered |= {"shipped": {}, "final": gathered["arms"]["fake"], "run": "elsewhere"}
+    gathered["format"]["missing"] = ["something"]
+    before, report = write_report(run, gathered)
+    assert before["simulated"] and before["why"]["size.final_mib"] == "this machine lacks something"
+    assert "quantize convert" in report
+    done = runs.quantize("convert", str(run), "--target", "cpu")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"loss {runs.metrics(finished)['final']['loss']:.4f}" in done.stdout
+    after, whole = runs.metrics(run), runs.metrics(finished)
+    assert not after["simulated"] and after["train_ship_gap"] == 0.0
+    assert after == whole
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["MERGED"], "say --scheme, one of int8-int4"),
+        (["MERGED", "--scheme", "int5"], "unknown scheme 'int5'; did you mean int4?"),
+        (
+            ["MERGED", "--scheme", "int8-int4", "--target", "phone"],
+            "phone is unknown for int8-int4; choose from cpu, cuda",
+        ),
+        (["MERGED", "--scheme", "int8-int4", "--group-size", "48"], "48 is not offered by int8-int4"),
+        (["MERGED", "--scheme", "int8-int4", "--output", "RUN"], "exists and is not empty"),
+        (["nowhere"], "nowhere is neither a run nor a folder with a config.json"),
+        (["RUN", "--scheme", "int4"], "a run ships the scheme that it was trained for"),
+        (["UNFINISHED"], "has no finished training yet; continue it with: train --resume"),
+    ],
+)
+def test_what_cannot_be_converted_is_exit_2(
+    options: list[str], said: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "manifest.json").write_text('{"stages": {}}')
+    places = {"MERGED": finished / "merged", "RUN": finished, "UNFINISHED": tmp_path / "unfinished"}
+    code = main(["convert", *(str(places.get(word, word)) for word in options)])
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert said in error and "Traceback" not in error
+
+
+def test_a_machine_without_the_target_says_what_it_lacks(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine may run it")
+    assert main(["convert", str(finished / "merged"), "--scheme", "int4"]) == 2
+    assert "this machine lacks a CUDA GPU of compute capability 8.0" in capsys.readouterr().err
