@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ class Event:
 
     Attributes:
         kind: run_started, stage_started, stage_finished, stage_skipped, progress (stage, done, total, text), step (arm,
-            step, loss, ...), message, metrics, report or run_finished.
+            step, loss, ...), message, metrics, report, run_finished or run_failed (error, text).
         data: JSON-like details.
         time: seconds since the epoch.
     """
@@ -66,6 +67,7 @@ class Sinks:
             sink.emit(event)
 
     def close(self) -> None:
-        """Closes all."""
-        for sink in self._sinks:
-            sink.close()
+        """Closes all, also where one of them cannot be closed."""
+        with contextlib.ExitStack() as stack:
+            for sink in reversed(self._sinks):
+                stack.callback(sink.close)

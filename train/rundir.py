@@ -6,6 +6,7 @@ import difflib
 import fcntl
 import hashlib
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,11 @@ def default_name(config_name: str, resolved: dict[str, Any]) -> str:
     """<date-time>_<config>_<hash of the settings>."""
     digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:8]
     return f"{datetime.now():%Y%m%d-%H%M%S}_{config_name}_{digest}"
+
+
+def _is_beginning(file: Path) -> bool:
+    """What a run writes before config.resolved.json: all that is there when it is killed in its first moment."""
+    return file.name in ("config.yaml", "manifest.json", ".lock") or file.name.endswith(".tmp")
 
 
 class RunDir:
@@ -42,10 +48,10 @@ class RunDir:
         if settings.is_file():
             if json.loads(settings.read_text(encoding="utf-8")) != resolved:
                 raise UserError(
-                    f"run.name: {path} holds another run; choose another run.name, or: train --resume {path}"
+                    f"run.name: {path} holds another run; choose another run.name, or: {cls(path).resume_command}"
                 )
             return cls(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and not (path.is_dir() and all(_is_beginning(file) for file in path.iterdir())):
             raise UserError(f"run.name: {path} exists and is no run; choose another run.name or run.root")
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -73,7 +79,7 @@ class RunDir:
     @property
     def resume_command(self) -> str:
         """What continues this run."""
-        return f"train --resume {self.path}"
+        return f"train --resume {shlex.quote(str(self.path))}"
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from train.events import JsonlSink, Sink, Sinks
+from train.events import Event, JsonlSink, Sink, Sinks
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -29,5 +30,9 @@ def open_sinks(config: RunConfig, directory: RunDir, sinks: Sequence[Sink] | Non
     fan_out = Sinks(opened)
     try:
         yield fan_out
+    except BaseException as error:
+        with contextlib.suppress(Exception):  # a sink that fails must not hide why the run did
+            fan_out.emit(Event("run_failed", {"error": type(error).__name__, "text": str(error)}))
+        raise
     finally:
         fan_out.close()

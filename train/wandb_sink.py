@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from quantize.errors import UserError
@@ -13,9 +14,14 @@ if TYPE_CHECKING:
     from train.config import RunConfig
     from train.rundir import RunDir
 
+_COLUMNS = ("arm", "loss", "accuracy")
+_REPORT_FILES = ("metrics.json", "report.md", "report.html")
+
 
 class WandbSink:
     """Config, step metrics, the final table and the report, under a run id that the manifest keeps.
+
+    Training never ends because W&B cannot be reached: the first failure is warned of, and the rest is left out.
 
     Attributes:
         run_id: W&B's id; a resumed run continues it.
@@ -32,40 +38,64 @@ class WandbSink:
             raise UserError("track.wandb=online: not logged in; run `wandb login`, or set track.wandb=offline")
         self._wandb: Any = wandb
         self._path = directory.path
+        self._works = True
+        self._exit_code = 0
         self.run_id: str = directory.read_json("manifest.json").get("wandb_run_id") or generate_id()
-        self._run: Any = wandb.init(
-            id=self.run_id,
-            resume="allow",
-            mode="online" if mode == "online" else "offline",
-            dir=str(directory.path),
-            name=directory.path.name,
-            project=config.track.project,
-            entity=config.track.entity,
-            group=config.track.group,
-            tags=list(config.track.tags),
-            config=config.model_dump(mode="json"),
-            settings=wandb.Settings(silent=True),
-        )
+        try:
+            self._run: Any = wandb.init(
+                id=self.run_id,
+                resume="allow",
+                mode="online" if mode == "online" else "offline",
+                dir=str(directory.path),
+                name=directory.path.name,
+                project=config.track.project,
+                entity=config.track.entity,
+                group=config.track.group,
+                tags=list(config.track.tags),
+                config=config.model_dump(mode="json"),
+                settings=wandb.Settings(silent=True),
+            )
+        except (wandb.Error, OSError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"track.wandb={mode}: W&B says: {reason}; set track.wandb=offline, or off") from error
+        for arm in (
+            "control",
+            "tuned",
+        ):  # a resumed run may repeat steps: curves are drawn over the step, not the order
+            self._run.define_metric(f"{arm}/step")
+            self._run.define_metric(f"{arm}/*", step_metric=f"{arm}/step")
 
     def emit(self, event: Event) -> None:
         """Logs steps as they come, and everything else at the end."""
+        if event.kind == "run_failed":
+            self._exit_code = 1
+        if not self._works or event.kind not in ("step", "metrics", "report"):
+            return
+        try:
+            self._log(event)
+        except Exception as error:  # W&B raises many kinds, none of them worth the training
+            self._works = False
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            warnings.warn(f"W&B takes nothing more ({reason}); the run goes on without it", stacklevel=2)
+
+    def _log(self, event: Event) -> None:
         if event.kind == "step":
             data = dict(event.data)
             arm, step = data.pop("arm"), data.pop("step")
             self._run.log({f"{arm}/{name}": value for name, value in data.items()} | {f"{arm}/step": step})
         elif event.kind == "metrics":
             self._run.summary.update(flatten(event.data))
-            rows = [[name, arm["loss"], arm["accuracy"]] for name, arm in event.data.items() if _is_arm(arm)]
-            self._run.log({"arms": self._wandb.Table(columns=["arm", "loss", "accuracy"], data=rows)})
-        elif event.kind == "report":
+            rows = [[name, *(arm[key] for key in _COLUMNS[1:])] for name, arm in event.data.items() if _is_arm(arm)]
+            self._run.log({"arms": self._wandb.Table(columns=list(_COLUMNS), data=rows)})
+        else:
             artifact = self._wandb.Artifact(f"report-{self.run_id}", type="report")
-            for name in ("metrics.json", "report.md", "report.html"):
+            for name in _REPORT_FILES:
                 artifact.add_file(str(self._path / name))
             self._run.log_artifact(artifact)
 
     def close(self) -> None:
-        """Ends W&B's run."""
-        self._run.finish()
+        """Ends W&B's run: finished, or failed where the run did."""
+        self._run.finish(exit_code=self._exit_code)
 
 
 def _is_arm(value: Any) -> bool:

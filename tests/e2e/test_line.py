@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +214,34 @@ def test_wandb_offline_keeps_its_run_id_when_the_run_is_continued(runs: Any) -> 
     folders = sorted((run / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
     assert all(folder.name.endswith(run_id) for folder in folders)
+
+
+@pytest.mark.slow
+def test_a_model_with_code_of_its_own_runs_where_it_is_trusted(finished: Path, runs: Any, tmp_path: Path) -> None:
+    model = tmp_path / "own"
+    shutil.copytree(finished / "merged", model)
+    settings = json.loads((model / "config.json").read_text())
+    names = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    settings |= {"model_type": "own-qwen", "architectures": ["OwnForCausalLM"], "auto_map": names}
+    (model / "config.json").write_text(json.dumps(settings))
+    (model / "modeling_own.py").write_text(
+        "from transformers import Qwen3Config, Qwen3ForCausalLM\n\n\n"
+        "class OwnConfig(Qwen3Config):\n    model_type = 'own-qwen'\n\n\n"
+        "class OwnForCausalLM(Qwen3ForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    options = (*TINY, "--model.random=None", f"--model.id={model}", "--eval.control=False", "--run.name=own")
+    refused = runs.train(*options)
+    assert refused.returncode == 2
+    assert "brings Python code of its own (modeling_own.OwnForCausalLM)" in refused.stderr
+    run = runs.finish(*options, "--model.trust-remote-code=True")
+    assert runs.metrics(run)["train_ship_gap"] == 0.0
+    assert (run / "quantized" / "modeling_own.py").is_file()
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_both_backends_compares_them(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "backends.py"
+    command = [sys.executable, str(script), "--config", "tiny.yaml", "--schemes", "int8-int4", "--root", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=script.parents[1])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stdout.rstrip().endswith("agree")

@@ -1,0 +1,145 @@
+"""W&B offline, for real: what its own files hold afterwards. No account, no network."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("wandb")
+
+from train.config import RunConfig
+from train.events import Event
+from train.rundir import RunDir
+from train.wandb_sink import WandbSink
+
+CONFIG = RunConfig.model_validate(
+    {"qat": "int4", "model": {"id": "m"}, "data": {"train": "d"}, "track": {"wandb": "offline", "tags": ["t"]}}
+)
+METRICS: dict[str, Any] = {
+    "base": {"loss": 2.0, "accuracy": 0.25},
+    "control": {"loss": None, "accuracy": None},
+    "final": {"loss": 1.5, "accuracy": 0.5},
+    "size": {"final_mib": 10.0},
+    "why": {"control": "eval.control is false"},
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    made = RunDir.create(str(tmp_path), "run", "", CONFIG.model_dump(mode="json"))
+    for name in ("metrics.json", "report.md", "report.html"):
+        made.write_text(name, "x")
+    return made
+
+
+def _records(run: RunDir) -> Iterator[Any]:
+    """What W&B wrote for its server."""
+    from wandb.proto import wandb_internal_pb2
+
+    for path in sorted(run.path.glob("wandb/offline-run-*/*.wandb")):
+        records: list[Any] = []
+        deadline = time.monotonic() + 30
+        while not any(record.HasField("exit") for record in records):  # W&B's own process may still be writing
+            assert time.monotonic() < deadline
+            records = [wandb_internal_pb2.Record.FromString(data) for data in _log_entries(path.read_bytes())]
+        yield from records
+
+
+def _log_entries(data: bytes) -> Iterator[bytes]:
+    """The entries of a LevelDB log after W&B's 7 bytes: blocks of 32 KiB; crc (4), length (2), kind (1), content."""
+    position, entry = 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+        entry += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if position > len(data):
+            return  # not wholly on disk yet
+        if kind in (1, 4):  # whole, or last part
+            yield entry
+            entry = b""
+
+
+def _values(items: Any) -> dict[str, Any]:
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def _write(run: RunDir, *events: Event) -> WandbSink:
+    sink = WandbSink(CONFIG, run)
+    run.update_manifest(wandb_run_id=sink.run_id)
+    for event in events:
+        sink.emit(event)
+    sink.close()
+    return sink
+
+
+def test_config_steps_summary_table_and_report_arrive(run: RunDir) -> None:
+    step = Event("step", {"arm": "tuned", "step": 3, "loss": 1.25, "learning_rate": 1e-3})
+    _write(run, step, Event("metrics", METRICS), Event("report", {"text": "..."}))
+    records = list(_records(run))
+    (started,) = [record.run for record in records if record.HasField("run")][:1]
+    config = _values(started.config.update)
+    assert config["qat"] == "int4" and config["train"]["max_steps"] == -1
+    assert list(started.tags) == ["t"] and started.project == "ongrid"
+    logged: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
+    for record in records:
+        logged |= _values(record.history.item)
+        summary |= _values(record.summary.update)
+    assert logged["tuned/loss"] == 1.25 and logged["tuned/step"] == 3
+    assert logged["arms._type"] == "table-file" and logged["arms.nrows"] == 2
+    assert summary["final.loss"] == 1.5 and summary["size.final_mib"] == 10.0
+    assert "control.loss" not in summary
+    artifacts = [record.request.log_artifact.artifact for record in records if record.HasField("request")]
+    artifacts += [record.artifact for record in records if record.HasField("artifact")]
+    reports = [artifact for artifact in artifacts if artifact.type == "report"]
+    assert {entry.path for entry in reports[0].manifest.contents} == {"metrics.json", "report.md", "report.html"}
+
+
+def test_a_resumed_run_goes_on_under_its_id(run: RunDir) -> None:
+    first = _write(run, Event("step", {"arm": "tuned", "step": 1, "loss": 2.0}))
+    again = _write(run, Event("step", {"arm": "tuned", "step": 2, "loss": 1.0}))
+    assert first.run_id == again.run_id
+    assert {record.run.run_id for record in _records(run) if record.HasField("run")} == {first.run_id}
+
+
+@pytest.mark.parametrize(("events", "code"), [([], 0), ([Event("run_failed", {"error": "E", "text": "t"})], 1)])
+def test_a_failed_run_is_marked_as_failed(run: RunDir, events: list[Event], code: int) -> None:
+    _write(run, *events)
+    exits = [record.exit.exit_code for record in _records(run) if record.HasField("exit")]
+    assert exits == [code]
+
+
+def test_trouble_with_wandb_never_ends_a_run(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = WandbSink(CONFIG, run)
+
+    def broken(*args: Any, **options: Any) -> None:
+        raise ConnectionError("the server is gone")
+
+    monkeypatch.setattr(sink._run, "log", broken)
+    with pytest.warns(UserWarning, match=r"the server is gone.*goes on without it"):
+        sink.emit(Event("step", {"arm": "tuned", "step": 1, "loss": 2.0}))
+    sink.emit(Event("step", {"arm": "tuned", "step": 2, "loss": 2.0}))  # silent from here on
+    sink.close()
+
+
+def test_online_without_an_account_says_what_to_do(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    from quantize.errors import UserError
+
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr(type(wandb.api), "api_key", property(lambda self: None))
+    online = CONFIG.model_copy(update={"track": CONFIG.track.model_copy(update={"wandb": "online"})})
+    with pytest.raises(UserError, match=r"wandb login.*track.wandb=offline"):
+        WandbSink(online, run)
