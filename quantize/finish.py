@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,10 @@ def write_report(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, A
     arms = {name: Scores.load(folder / "eval" / f"{name}.npz") for name in _ARMS if name in wanted}
     final = gathered["final"]
     simulated = bool(chosen and not gathered["shipped"])
-    fake = gathered["arms"].get("fake")
     metrics = build_metrics(
         arms=arms,
         why=_reasons(gathered),
-        train_ship_gap=fake["loss"] - final["loss"] if fake and gathered["qat"] else None,
+        train_ship_gap=_train_ship_gap(gathered),
         backend_gap=_backend_gap(gathered),
         kl=final.get("kl"),
         kl_reference=("control" if gathered["control"] else "tuned") if final else None,
@@ -52,7 +52,7 @@ def write_report(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, A
         target=chosen["target"] if chosen else None,
         simulated=simulated,
         missing=chosen["missing"] if chosen and simulated else (),
-        finish_command=f"quantize convert {folder} --target {chosen['target']}" if simulated else None,
+        finish_command=_finish_command(folder, chosen["target"]) if simulated else None,
     )
     context = ReportContext(
         run=gathered["run"],
@@ -137,7 +137,27 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def _finish_command(folder: Path, target: str) -> str:
+    return f"quantize convert {shlex.quote(str(folder))} --target {target}"
+
+
+def _train_ship_gap(gathered: Mapping[str, Any]) -> float | None:
+    """Loss of what was trained minus loss of what ships."""
+    fake = gathered["arms"].get("fake")
+    if fake is None or not gathered["qat"]:
+        return None
+    trained = gathered["tuned"]["backend_loss"] if _outside(gathered) else fake["loss"]
+    return float(trained - gathered["final"]["loss"])
+
+
+def _outside(gathered: Mapping[str, Any]) -> bool:
+    """The adapter was trained outside the fake quantiser: no merged weight computes the function that was trained."""
+    return bool(gathered["qat"]) and gathered["recipe"]["fake_quant"]["placement"] == "outside"
+
+
 def _backend_gap(gathered: Mapping[str, Any]) -> float | None:
+    if _outside(gathered):
+        return None
     plain = gathered["arms"].get("fake" if gathered["qat"] else "tuned")
     return float(gathered["tuned"]["backend_loss"] - plain["loss"]) if plain else None
 
@@ -185,6 +205,8 @@ def _reasons(gathered: Mapping[str, Any]) -> dict[str, str]:
         reason = "this run has no QAT, so tuned is the control" if not gathered["qat"] else "eval.control is false"
         why |= {"control": reason}
         why.setdefault("ptq", reason)
+    if _outside(gathered):
+        why["backend_gap"] = "fake_quant.placement=outside: the plain graph of the merged weights is another function"
     if not gathered["qat"]:
         why["train_ship_gap"] = "this run has no QAT"
     if gathered["format"] and not gathered["shipped"]:

@@ -55,6 +55,18 @@ def test_a_run_that_was_simulated_is_finished_where_its_target_runs(finished: Pa
     assert after == whole
 
 
+def test_an_adapter_trained_outside_is_never_said_to_ship_as_trained(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "outside"
+    shutil.copytree(finished, run)
+    gathered = json.loads((run / "gathered.json").read_text())
+    gathered["recipe"]["fake_quant"]["placement"] = "outside"
+    gathered["tuned"]["backend_loss"] = gathered["final"]["loss"] + 0.25
+    metrics, report = write_report(run, gathered)
+    assert metrics["train_ship_gap"] == pytest.approx(0.25)
+    assert metrics["backend_gap"] is None and "outside" in metrics["why"]["backend_gap"]
+    assert "equal to the last bit" not in report
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
