@@ -1,7 +1,7 @@
 """`train --dry-run`: the steps, what will be skipped and why, and an estimate of peak memory and disk. Needs no torch.
 
-Rough on purpose: for unsloth's LoRA on Qwen3-1.7B (8 x 1024 tokens, gradient checkpointing) it says 6.2 GiB where 4.3 GiB
-were measured on one H200.
+Rough on purpose: for unsloth's LoRA on Qwen3-1.7B (8 x 1024 tokens, gradient checkpointing) it says 6.2 GiB where 4.3
+GiB were measured on one H200.
 
 The formulae (P parameters, L weights of the layers' linears, T trained parameters, N tokens a batch, b bytes a weight):
 - weights: P * b; with 4-bit loading 0.56 * L + (P - L) * b
