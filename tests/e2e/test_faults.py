@@ -91,6 +91,7 @@ def test_the_converting_process_ends_with_its_parent(finished: Path, runs: Any) 
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_run_broken_off_at_every_boundary_gives_the_same_metrics(finished: Path, runs: Any) -> None:
     """In one process, with the peft backend: each attempt dies at the next boundary, before or after it is recorded."""
     from train.config_loading import load_config
