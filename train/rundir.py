@@ -25,9 +25,16 @@ def default_name(config_name: str, resolved: dict[str, Any]) -> str:
     return f"{datetime.now():%Y%m%d-%H%M%S}_{config_name}_{digest}"
 
 
-def _is_beginning(file: Path) -> bool:
-    """What a run writes before config.resolved.json: all that is there when it is killed in its first moment."""
-    return file.name in ("config.yaml", "manifest.json", ".lock") or file.name.endswith(".tmp")
+def _is_beginning(folder: Path) -> bool:
+    """Whether a folder is empty, or holds what a run killed in its first moment leaves; nothing of the user's."""
+    names = {file.name for file in folder.iterdir()} - {".lock", ".manifest.json.tmp"}
+    if not names:
+        return True
+    try:
+        ours = json.loads((folder / "manifest.json").read_text(encoding="utf-8")) == {"stages": {}}
+    except (OSError, ValueError):
+        return False
+    return ours and names <= {"manifest.json", "config.yaml", ".config.yaml.tmp", ".config.resolved.json.tmp"}
 
 
 class RunDir:
@@ -51,13 +58,13 @@ class RunDir:
                     f"run.name: {path} holds another run; choose another run.name, or: {cls(path).resume_command}"
                 )
             return cls(path)
-        if path.exists() and not (path.is_dir() and all(_is_beginning(file) for file in path.iterdir())):
+        if path.exists() and not (path.is_dir() and _is_beginning(path)):
             raise UserError(f"run.name: {path} exists and is no run; choose another run.name or run.root")
         try:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path)
+            run.write_json("manifest.json", {"stages": {}})  # first: `_is_beginning` knows a run by it
             run.write_text("config.yaml", config_yaml)
-            run.write_json("manifest.json", {"stages": {}})
             run.write_json("config.resolved.json", resolved)
         except OSError as error:
             raise UserError(

@@ -36,12 +36,29 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("written", [(), ("config.yaml",), ("config.yaml", "manifest.json", ".metrics.json.tmp")])
-def test_a_run_killed_in_its_first_moment_is_begun_again(written: tuple[str, ...], tmp_path: Path) -> None:
+BEGINNINGS: list[dict[str, str]] = [
+    {},
+    {".manifest.json.tmp": "{"},
+    {"manifest.json": '{"stages": {}}', ".config.yaml.tmp": "q"},
+    {"manifest.json": '{"stages": {}}', "config.yaml": "qat: null", ".config.resolved.json.tmp": "{"},
+]
+
+
+@pytest.mark.parametrize("files", BEGINNINGS)
+def test_a_run_killed_in_its_first_moment_is_begun_again(files: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    for name in written:
-        (tmp_path / "run" / name).write_text("{")
+    for name, text in files.items():
+        (tmp_path / "run" / name).write_text(text)
     assert _create(tmp_path).read_json("manifest.json") == {"stages": {}}
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "manifest.json"])
+def test_a_file_of_the_users_with_one_of_our_names_is_left_alone(name: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text('{"mine": 1}')
+    with pytest.raises(UserError, match="exists and is no run"):
+        _create(tmp_path)
+    assert (tmp_path / "run" / name).read_text() == '{"mine": 1}'
 
 
 def test_a_root_that_is_a_file_is_named(tmp_path: Path) -> None:
