@@ -73,28 +73,6 @@ def find_problems(config: RunConfig) -> list[Problem]:
     return [problem for check in checks for problem in check(config)]
 
 
-def check_config(config: RunConfig) -> None:
-    """The same for a config that was built in Python (`load_config` has already done it).
-
-    Raises:
-        UserError: with one line a problem.
-    """
-    problems = find_problems(config)
-    if problems:
-        raise UserError(*(problem.text for problem in problems))
-
-
-def check_extra(config: RunConfig) -> None:
-    """Checks `train.extra` against the fields of the installed SFTConfig.
-
-    Raises:
-        UserError: with one line a key that is unknown, or that ongrid sets from a key of its own.
-    """
-    problems = list(_extra(config))
-    if problems:
-        raise UserError(*(problem.text for problem in problems))
-
-
 def _scheme(config: RunConfig) -> Iterator[Problem]:
     asked = config.quantize
     if config.qat and asked.scheme and config.qat != asked.scheme:

@@ -14,12 +14,10 @@ from pydantic import ValidationError
 
 from quantize.errors import UserError
 from train.config import RunConfig
-from train.config_checks import check_extra, find_problems
+from train.config_checks import find_problems
 from train.config_messages import Origins, describe_error, shown
 from train.config_values import Override, PlainLoader, annotation_at, kinds_of, parse_options, section_of
 from train.inputs import missing_inputs
-
-__all__ = ["check_extra", "find_config", "load_config", "read_file"]
 
 HOME = Path(__file__).resolve().parent.parent
 """The folder that holds the packages, `configs/` and `examples/`, in a clone as in an installed wheel."""

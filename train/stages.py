@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.evaluate import Scores, read_samples
-from quantize.schemes import Scheme, Target, find_scheme
-from quantize.worker import run_jobs
+from quantize.schemes import find_scheme
 from train.events import Event, Sinks
+from train.stage_log import Format, StageLog, Tuned, fingerprint_of
 
 if TYPE_CHECKING:
     from train.backends import Backend
@@ -26,38 +23,12 @@ if TYPE_CHECKING:
     from train.signals import StopRequest
 
 
-@dataclass(frozen=True)
-class Format:
-    """The format of this run: what ships, where, and what this machine lacks to run it."""
-
-    scheme: Scheme
-    target: Target
-    group_size: int | None
-    missing: tuple[str, ...]
-
-    @property
-    def simulated(self) -> bool:
-        """This machine cannot run the target."""
-        return bool(self.missing)
-
-    def job(self) -> dict[str, Any]:
-        """The worker's form."""
-        return {"scheme": self.scheme.name, "target": self.target.name, "group_size": self.group_size}
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """A finished fine-tuning: its 16-bit checkpoint and what was measured in the training graph."""
-
-    merged: Path
-    result: dict[str, Any]
-
-
 class Stages:
     """The steps of one run. Their order is in `pipeline.py`; state lives in the run directory."""
 
     def __init__(self, config: RunConfig, directory: RunDir, events: Sinks, stop: StopRequest) -> None:
         self.config, self.directory, self.events, self.stop = config, directory, events, stop
+        self.log = StageLog(directory, events)
         self.format: Format | None = None
         self.dtype = self.merged_dtype = "float32"
         self.model_key = self.data_key = ""
@@ -123,7 +94,7 @@ class Stages:
         from train.data import load_prepared, prepare_data, save_prepared
 
         config = self.config
-        key = _key(self.model_key, config.data.model_dump(), config.train.max_length, config.run.seed)
+        key = fingerprint_of(self.model_key, config.data.model_dump(), config.train.max_length, config.run.seed)
         folder = self.directory.path / "data"
 
         def work() -> dict[str, Any]:
@@ -133,7 +104,7 @@ class Stages:
             save_prepared(prepared, folder)
             return {"fingerprint": prepared.fingerprint, "statistics": prepared.statistics}
 
-        result = self._stage("data", key, work)
+        result = self.log.run("data", key, work)
         prepared = load_prepared(folder)
         self.data_key = result["fingerprint"]
         self.directory.update_manifest(data_fingerprint=self.data_key, data=result["statistics"])
@@ -150,7 +121,7 @@ class Stages:
             *(manifest["packages"][name] for name in ("torch", "torchao", "transformers")),
         ]
         settings = [self.merged_dtype, self.config.eval.batch_size, computed_by]
-        key = _key(self.model_key, self.data_key, self._format_key(), settings)
+        key = fingerprint_of(self.model_key, self.data_key, self._format_key(), settings)
         store = self.cache / "baseline" / key
 
         def work() -> dict[str, Any]:
@@ -159,7 +130,7 @@ class Stages:
                 if self.format is not None:
                     scores = store / "base_quantized.npz"
                     jobs.append(self._evaluate("base_quantized", model.folder, simulate=True, scores=scores))
-                results = self._work("baseline", jobs)
+                results = self.log.jobs("baseline", jobs)
                 memory = {job["name"]: result["memory_bytes"] for job, result in zip(jobs, results, strict=True)}
                 (store / "result.json").write_text(json.dumps({"memory_bytes": memory}), encoding="utf-8")
             for path in store.glob("*.npz"):
@@ -167,11 +138,11 @@ class Stages:
             stored: dict[str, Any] = json.loads((store / "result.json").read_text(encoding="utf-8"))
             return stored | {"disk_bytes": _weights_bytes(model.folder)}
 
-        return self._stage("baseline", key, work)
+        return self.log.run("baseline", key, work)
 
     def arms(self, data: Prepared, control: Tuned | None, tuned: Tuned) -> dict[str, Any]:
         """control, ptq (the control quantised), tuned, and this run's merged weights fake-quantised."""
-        key = _key(self.data_key, self._format_key(), control and control.result, tuned.result)
+        key = fingerprint_of(self.data_key, self._format_key(), control and control.result, tuned.result)
 
         def work() -> dict[str, Any]:
             jobs = [self._evaluate("tuned", tuned.merged)]
@@ -183,10 +154,10 @@ class Stages:
                 jobs.append(self._evaluate("control", control.merged))
                 if self.format is not None:
                     jobs.append(self._evaluate("ptq", control.merged, simulate=True))
-            results = self._work("arms", jobs)
+            results = self.log.jobs("arms", jobs)
             return {job["name"]: result for job, result in zip(jobs, results, strict=True)}
 
-        return self._stage("arms", key, work)
+        return self.log.run("arms", key, work)
 
     # ------------------------------------------------------------------ fine-tuning
 
@@ -216,8 +187,8 @@ class Stages:
 
         config, home = self.config, self._home(arm)
         training = [config.lora and config.lora.model_dump(), config.train.model_dump(), config.data.packing]
-        key = _key(self.model_key, self.data_key, training, config.run.seed, self.dtype, self.merged_dtype)
-        key = _key(key, config.model.backend, plan and [self._format_key(), config.fake_quant.model_dump()])
+        key = fingerprint_of(self.model_key, self.data_key, training, config.run.seed, self.dtype, self.merged_dtype)
+        key = fingerprint_of(key, config.model.backend, plan and [self._format_key(), config.fake_quant.model_dump()])
         learner = None
 
         def train() -> dict[str, Any]:
@@ -239,7 +210,7 @@ class Stages:
                 save_adapter(learner, folder)
             return {"coverage": learner.prepared.coverage.as_dict() if learner.prepared else None}
 
-        trained = self._stage(f"fit-{arm}", key, train)
+        trained = self.log.run(f"fit-{arm}", key, train)
 
         def merge() -> dict[str, Any]:
             ready = learner or build_learner(
@@ -253,7 +224,7 @@ class Stages:
                 write_merged(ready, model.folder, folder, dtype=self.merged_dtype, settings=config.model)
             return {"backend_loss": loss, **trained}
 
-        result = self._stage(f"merge-{arm}", key, merge)
+        result = self.log.run(f"merge-{arm}", key, merge)
         learner = None
         _free_memory()
         return Tuned(home / "merged", result)
@@ -265,7 +236,7 @@ class Stages:
         if self.format is None or self.format.simulated:
             return {}
         chosen = self.format
-        key = _key(self.data_key, self._format_key(), tuned.result, self.merged_dtype)
+        key = fingerprint_of(self.data_key, self._format_key(), tuned.result, self.merged_dtype)
         job = {
             "kind": "convert",
             "name": "quantise",
@@ -275,7 +246,7 @@ class Stages:
             "trust_remote_code": self.config.model.trust_remote_code,
             **chosen.job(),
         }
-        return self._stage("quantise", key, lambda: self._work("quantise", [job])[0])
+        return self.log.run("quantise", key, lambda: self.log.jobs("quantise", [job])[0])
 
     def final(
         self, data: Prepared, arms: dict[str, Any], control: Tuned | None, tuned: Tuned, shipped: dict[str, Any]
@@ -283,7 +254,7 @@ class Stages:
         """What ships, reloaded from disk in a fresh process, and the proof that it is what was trained."""
         if self.format is None:
             return {}
-        key = _key(self.data_key, self._format_key(), tuned.result, shipped, control and control.result)
+        key = fingerprint_of(self.data_key, self._format_key(), tuned.result, shipped, control and control.result)
 
         def work() -> dict[str, Any]:
             if not shipped:
@@ -291,9 +262,9 @@ class Stages:
                 return dict(arms["fake"])
             reference = (control or tuned).merged
             job = self._evaluate("final", self.directory.path / "quantized", reference=reference, dtype=None)
-            return self._work("final", [job])[0]
+            return self.log.jobs("final", [job])[0]
 
-        result = self._stage("final", key, work)
+        result = self.log.run("final", key, work)
         gap = arms["fake"]["loss"] - result["loss"]
         bound = self.format.target.max_gap_nats
         if self.config.qat is not None and self.config.fake_quant.placement == "inside" and abs(gap) > bound:
@@ -351,20 +322,6 @@ class Stages:
 
     # ------------------------------------------------------------------ helpers
 
-    def _stage(self, name: str, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        done = self.directory.stage_done(name, key)
-        if done is not None:
-            self.events.emit(Event("stage_skipped", {"stage": name}))
-            return done
-        self.events.emit(Event("stage_started", {"stage": name}))
-        self.directory.stage_start(name, key)
-        started = time.monotonic()
-        result = work()
-        seconds = time.monotonic() - started
-        self.directory.stage_finish(name, key, seconds, result)
-        self.events.emit(Event("stage_finished", {"stage": name, "seconds": seconds}))
-        return result
-
     def _step(self, arm: str) -> Callable[[int, int, dict[str, float]], None]:
         def report(step: int, total: int, numbers: dict[str, float]) -> None:
             self.events.emit(Event("step", {"arm": arm, "step": step, **numbers}))
@@ -372,12 +329,6 @@ class Stages:
             self.events.emit(Event("progress", data))
 
         return report
-
-    def _work(self, name: str, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        def progress(job: str, done: int, total: int) -> None:
-            self.events.emit(Event("progress", {"stage": job, "done": done, "total": total, "text": "samples"}))
-
-        return run_jobs(jobs, self.directory.path / "eval" / f"{name}.request.json", progress)
 
     def _evaluate(
         self,
@@ -427,11 +378,6 @@ class Stages:
 
     def _format_key(self) -> Any:
         return None if self.format is None else self.format.job()
-
-
-def _key(*parts: Any) -> str:
-    """Fingerprint of a step's inputs (16 hex digits)."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _weights_bytes(folder: Path) -> int:
