@@ -118,10 +118,9 @@ def check_data_source(config: DataConfig) -> None:
 
 
 def _check_hub(source: str) -> None:
-    if hub.is_cached("dataset", source):
-        return
     try:
-        hub.check_repository("dataset", source)
+        if not hub.is_cached("dataset", source):
+            hub.check_repository("dataset", source)
     except hub.HubProblem as error:
         raise UserError(f"data: {source} is no local file, and {error}; offline, give a local file") from error
 

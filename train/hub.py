@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any, Literal
@@ -39,14 +40,25 @@ def check_repository(kind: Kind, repository: str, revision: str | None = None) -
     """
     from huggingface_hub import constants
 
-    _ask(f"{constants.ENDPOINT}/api/{kind}s/{repository}" + (f"/revision/{revision}" if revision else ""))
+    url = f"{constants.ENDPOINT}/api/{kind}s/{urllib.parse.quote(repository)}"
+    _ask(url + (f"/revision/{urllib.parse.quote(revision, safe='')}" if revision else ""))
 
 
 def is_cached(kind: Kind, repository: str) -> bool:
-    """Whether the hub's cache on this machine holds something of a repository."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
+    """Whether the hub's cache on this machine holds something of a repository.
 
+    Raises:
+        HubProblem: the name is no hub id.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise HubProblem("the name is no hub id (OWNER/NAME)") from error
     folders = [Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type=kind)]
     if kind == "dataset":
         import datasets

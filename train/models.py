@@ -224,9 +224,10 @@ def check_model_source(config: ModelConfig) -> None:
         _check_folder(path, config)
     elif path.is_absolute() or config.id.startswith((".", "~")) or config.id.count("/") > 1:
         raise UserError(f"model.id: there is no folder {config.id}; give a folder, a .gguf file or a hub id")
-    elif not hub.is_cached("model", config.id):
+    else:
         try:
-            hub.check_repository("model", config.id, config.revision)
+            if not hub.is_cached("model", config.id):
+                hub.check_repository("model", config.id, config.revision)
         except hub.HubProblem as error:
             raise UserError(_not_found(config.id, str(error))) from error
 
@@ -252,6 +253,8 @@ def _check_folder(folder: Path, config: ModelConfig) -> None:
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"model.id: {folder / 'config.json'} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"model.id: {folder / 'config.json'} holds no mapping")
     if not any(folder.glob("*.safetensors")):
         others = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
         found = f"only {others[0]}, a format that can run code when it is read" if others else "no weights"

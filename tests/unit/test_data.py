@@ -95,3 +95,8 @@ def test_a_missing_file_is_found_before_anything_is_loaded() -> None:
 def test_truncation_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no trainable token"):
         prepare_data(DataConfig(train=_file(tmp_path, [ROWS["messages"]])), byte_tokenizer(), max_length=5, seed=0)
+
+
+def test_a_name_that_is_no_hub_id_is_the_users_error() -> None:
+    with pytest.raises(UserError, match=r"my own rows is no local file, and the name is no hub id"):
+        check_data_source(DataConfig(train="my own rows"))

