@@ -33,7 +33,7 @@ class ModelConfig(Section):
     shape: dict[str, Any] = Field(default_factory=dict)
     """Config fields of transformers for random weights, as hidden_size or num_hidden_layers."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Weights while training; auto = bfloat16 on CUDA, float32 on CPU."""
+    """Weights while training; auto = bfloat16 on CUDA (under autocast), float32 on CPU. float32 computes in float32."""
     load_in_4bit: bool = False
     """QLoRA: hold the frozen weights in bitsandbytes' 4 bit while training. Not together with `qat` yet."""
     attn_implementation: str | None = None

@@ -33,10 +33,18 @@ class QatPlan:
 
 @dataclass(kw_only=True)
 class Learner:
-    """A model in training form, with or without fake quantisation."""
+    """A model in training form, with or without fake quantisation; `dtype` is that of its weights ("bfloat16")."""
 
     model: Any
     prepared: Prepared | None
+    dtype: str
+
+    @property
+    def autocasts(self) -> bool:
+        """Whether training runs under bf16 autocast: on CUDA, unless the weights are asked for in float32."""
+        import torch
+
+        return torch.cuda.is_available() and self.dtype == "bfloat16"
 
     @property
     def fake_quantised(self) -> tuple[str, ...]:
@@ -87,7 +95,7 @@ def build_learner(
                 f"{plan.scheme.name} reaches {share:.1%} of the linear weights, below fake_quant.min_coverage="
                 f"{config.fake_quant.min_coverage} ({first}); choose another quantize.group_size or lower the bound"
             )
-    return Learner(model=model, prepared=prepared)
+    return Learner(model=model, prepared=prepared, dtype=dtype)
 
 
 def save_adapter(learner: Learner, folder: Path) -> None:
@@ -151,11 +159,16 @@ def fit(
         collator = PackedCollator(name_lengths=config.model.backend == "unsloth")
     trainer = Trainer(
         model=learner.model,
-        args=trainer_arguments(config, folder),
+        args=trainer_arguments(config, folder, bf16=learner.autocasts),
         train_dataset=rows,
         data_collator=collator,
         processing_class=tokenizer,
     )
+    if trainer.args.bf16 != learner.autocasts:
+        raise UserError(
+            f"{config.model.backend} would train with bf16={trainer.args.bf16}, where model.dtype={learner.dtype} asks "
+            f"for bf16={learner.autocasts}; set model.backend=peft or another model.dtype"
+        )
     stop = _StopCallback(learner, config.fake_quant.start, on_step, should_stop)
     trainer.add_callback(stop)
     trainer.remove_callback(transformers.ProgressCallback)
@@ -165,8 +178,8 @@ def fit(
     return not stop.stopped
 
 
-def trainer_arguments(config: RunConfig, folder: Path) -> Any:
-    """TRL's SFTConfig for this run."""
+def trainer_arguments(config: RunConfig, folder: Path, *, bf16: bool) -> Any:
+    """TRL's SFTConfig for this run; `bf16` asks for autocast."""
     import torch
     from trl import SFTConfig
 
@@ -177,7 +190,7 @@ def trainer_arguments(config: RunConfig, folder: Path) -> Any:
         "output_dir": str(folder),
         "seed": config.run.seed,
         "data_seed": config.run.seed,
-        "bf16": cuda,
+        "bf16": bf16,
         "use_cpu": not cuda,
         # The backend turns it on where the model is loaded: unsloth has its own.
         "gradient_checkpointing": gradient_checkpointing and config.model.backend == "unsloth" and cuda,
@@ -242,15 +255,14 @@ def _check_that_it_ran(learner: Learner) -> None:
         )
 
 
-def backend_loss(model: Any, samples: Sequence[Sample], batch_size: int) -> float:
+def backend_loss(learner: Learner, samples: Sequence[Sample], batch_size: int) -> float:
     """Nats per answer token in the training backend's own graph, eval mode, same batches as the plain evaluation."""
     import torch
 
-    model.eval()
+    model = learner.model.eval()
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
-    # As in training: on CUDA the trainer runs under bf16 autocast.
-    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=learner.autocasts):
         for _, ids, attention, mask in batches(samples, batch_size):
             labels = ids.masked_fill(~mask, -100).to(device)
             output = model(input_ids=ids.to(device), attention_mask=attention.to(device), labels=labels)

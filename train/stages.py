@@ -198,7 +198,7 @@ class Stages:
             try:
                 tokenizer = self.tokenizer(model.folder)
                 folder = home / "checkpoints"
-                with backend.computing(learner.fake_quantised):
+                with backend.computing(learner.fake_quantised, dtype=self.dtype):
                     done = fit(
                         learner, config, tokenizer, data.train, folder, self._step(arm), lambda: self.stop.requested
                     )
@@ -218,8 +218,8 @@ class Stages:
             )
             loss = None
             if arm == "tuned":
-                with backend.computing(ready.fake_quantised):
-                    loss = backend_loss(ready.model, read_samples(self._eval_data), config.eval.batch_size)
+                with backend.computing(ready.fake_quantised, dtype=self.dtype):
+                    loss = backend_loss(ready, read_samples(self._eval_data), config.eval.batch_size)
             with self.directory.commit_folder(str((home / "merged").relative_to(self.directory.path))) as folder:
                 write_merged(ready, model.folder, folder, dtype=self.merged_dtype, settings=config.model)
             return {"backend_loss": loss, **trained}

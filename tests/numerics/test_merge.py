@@ -53,7 +53,9 @@ def test_merged_weights_give_the_same_logits(lora: LoraConfig, tmp_path: Path) -
         expected, untouched = model(input_ids=ids).logits, load_plain(source, dtype="float32")(input_ids=ids).logits
         output = tmp_path / "merged"
         output.mkdir()
-        write_merged(Learner(model=model, prepared=None), source, output, dtype="float32", settings=_settings())
+        write_merged(
+            Learner(model=model, prepared=None, dtype="float32"), source, output, dtype="float32", settings=_settings()
+        )
         merged = load_plain(output, dtype="float32")(input_ids=ids).logits
     assert not torch.allclose(expected, untouched, atol=1e-2)
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)
@@ -67,7 +69,9 @@ def test_weights_are_rounded_once_to_the_dtype_that_ships(tmp_path: Path) -> Non
     model = _trained(source, LoraConfig(r=4))
     output = tmp_path / "merged"
     output.mkdir()
-    write_merged(Learner(model=model, prepared=None), source, output, dtype="bfloat16", settings=_settings())
+    write_merged(
+        Learner(model=model, prepared=None, dtype="float32"), source, output, dtype="bfloat16", settings=_settings()
+    )
     stored = load_file(output / "model.safetensors")
     layer = model.base_model.model.model.layers[0].mlp.down_proj
     exact = layer.base_layer.weight + layer.scaling["default"] * (

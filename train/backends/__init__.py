@@ -24,8 +24,11 @@ class Backend(Protocol):
     def add_lora(self, model: Any, lora: LoraConfig, *, seed: int, gradient_checkpointing: bool) -> Any:
         """The PEFT model with one LoRA adapter named "default"."""
 
-    def computing(self, fake_quantised: Collection[str]) -> AbstractContextManager[None]:
-        """Held while the training graph runs: the backend leaves out what these fake-quantised layers do not allow."""
+    def computing(self, fake_quantised: Collection[str], *, dtype: str) -> AbstractContextManager[None]:
+        """Held while the training graph is built and runs, whose weights are in `dtype`.
+
+        The backend leaves out what these fake-quantised layers do not allow, and autocast where `dtype` is float32.
+        """
 
 
 def pick_backend(name: str) -> Backend:

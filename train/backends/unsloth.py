@@ -54,10 +54,13 @@ class UnslothBackend:
         )
 
     @contextmanager
-    def computing(self, fake_quantised: Collection[str]) -> Iterator[None]:
+    def computing(self, fake_quantised: Collection[str], *, dtype: str) -> Iterator[None]:
         """See `Backend.computing`."""
-        # Unsloth reads both variables at each call.
+        # Unsloth reads all three variables at each call.
         settings: dict[str, str] = {}
+        if dtype == "float32":
+            # Else unsloth trains float32 weights under bf16 autocast. "bfloat16" is its word for no autocast at all.
+            settings["UNSLOTH_MIXED_PRECISION"] = "bfloat16"
         if fake_quantised:
             # On CUDA unsloth compiles each decoder layer as one region. The compiler may keep in fp32 what the round
             # trip rounds to bf16 in between, which would train other numbers than those that ship. Without the region
