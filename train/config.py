@@ -146,7 +146,9 @@ class QuantizeConfig(Section):
     group_size: int | None = Field(default=None, ge=1)
     """Weights per scale; null = the scheme's own."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """The merged weight, which fake quantisation sees too; auto = bfloat16 on CUDA, float32 on CPU."""
+    """The merged weight, which fake quantisation sees too; auto = bfloat16 on CUDA, float32 on CPU.
+
+    bfloat16 hides an adapter smaller than half a step of the weight: with a low learning rate see docs/RESULTS.md."""
 
 
 class EvalConfig(Section):

@@ -21,23 +21,18 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("options", "tolerance", "largest_gap"),
-    [
-        # bf16 autocast would show as a backend_gap above 1e-4 even on this small model.
-        (("--model.dtype=float32", "--quantize.dtype=float32"), 1e-4, 1e-5),
-        ((), 0.01, 0.01),
-    ],
-    ids=["float32", "bfloat16"],
-)
-def test_unsloth_and_peft_train_alike(
-    options: tuple[str, ...], tolerance: float, largest_gap: float, tmp_path: Path
-) -> None:
-    command = [sys.executable, "benchmarks/backends.py", "--config", "tiny.yaml", "--schemes", "int8-int4"]
-    command += ["--root", str(tmp_path), "--tolerance", str(tolerance), "--", "--eval.control=False", *options]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=580)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+def test_unsloth_and_peft_train_alike_in_float32(tmp_path: Path) -> None:
+    # Without fake quantisation: rounding activations turns a last-bit difference into another rounding
+    # (benchmarks/rounding_noise.py). bf16 autocast in one of the two would show as 1e-3 and more.
+    losses = {}
     for backend in ("unsloth", "peft"):
-        metrics = json.loads((tmp_path / f"tiny-int8-int4-{backend}" / "metrics.json").read_text())
-        assert metrics["train_ship_gap"] == 0
-        assert abs(metrics["backend_gap"]) <= largest_gap
+        command = [sys.executable, "-m", "train", "--config", "tiny.yaml", f"--model.backend={backend}"]
+        command += ["--model.dtype=float32", "--quantize.dtype=float32"]
+        command += [f"--run.root={tmp_path}", f"--run.name={backend}"]
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+        events = map(json.loads, (tmp_path / backend / "events.jsonl").read_text().splitlines())
+        losses[backend] = [event["loss"] for event in events if event["kind"] == "step"]
+        metrics = json.loads((tmp_path / backend / "metrics.json").read_text())
+        assert abs(metrics["backend_gap"]) < 1e-5
+    assert losses["unsloth"] == pytest.approx(losses["peft"], abs=1e-4)
