@@ -136,6 +136,20 @@ def fit(
     """
     import transformers
     from transformers.trainer_utils import get_last_checkpoint
+
+    trainer = _build_trainer(learner, config, tokenizer, dataset, folder)
+    stop = _StopCallback(learner, config.fake_quant.start, on_step, should_stop)
+    trainer.add_callback(stop)
+    trainer.remove_callback(transformers.ProgressCallback)
+    trainer.remove_callback(transformers.PrinterCallback)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    return not stop.stopped
+
+
+def _build_trainer(learner: Learner, config: RunConfig, tokenizer: Any, dataset: Any, folder: Path) -> Any:
+    """TRL's trainer over the rows, packed where asked for, whose loss must be finite."""
+    import transformers
     from trl import SFTTrainer
 
     class Trainer(SFTTrainer):  # defined here: the backend must have patched trl
@@ -164,18 +178,13 @@ def fit(
         data_collator=collator,
         processing_class=tokenizer,
     )
+    # The backend may have changed the arguments under way.
     if trainer.args.bf16 != learner.autocasts:
         raise UserError(
             f"{config.model.backend} would train with bf16={trainer.args.bf16}, where model.dtype={learner.dtype} asks "
             f"for bf16={learner.autocasts}; set model.backend=peft or another model.dtype"
         )
-    stop = _StopCallback(learner, config.fake_quant.start, on_step, should_stop)
-    trainer.add_callback(stop)
-    trainer.remove_callback(transformers.ProgressCallback)
-    trainer.remove_callback(transformers.PrinterCallback)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
-    return not stop.stopped
+    return trainer
 
 
 def trainer_arguments(config: RunConfig, folder: Path, *, bf16: bool) -> Any:

@@ -245,3 +245,14 @@ def test_the_benchmark_of_both_backends_compares_them(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=script.parents[1])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stdout.rstrip().endswith("agree")
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_rounding_noise_finds_little_without_rounding(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "rounding_noise.py"
+    command = [sys.executable, str(script), "--config", "tiny.yaml", "--schemes", "int8-int4", "--root", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=script.parents[1])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    plain, rounded = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    assert plain["scheme"] is None and rounded["scheme"] == "int8-int4"
+    assert plain["mean |difference| of a sample"] < min(1e-4, rounded["mean |difference| of a sample"])
