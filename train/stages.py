@@ -120,7 +120,7 @@ class Stages:
             manifest["device"],
             *(manifest["packages"][name] for name in ("torch", "torchao", "transformers")),
         ]
-        settings = [self.merged_dtype, self.config.eval.batch_size, computed_by]
+        settings = [self.merged_dtype, self._plain_dtype, self.config.eval.batch_size, computed_by]
         key = fingerprint_of(self.model_key, self.data_key, self._format_key(), settings)
         store = self.cache / "baseline" / key
 
@@ -358,8 +358,13 @@ class Stages:
 
     @property
     def _plain_dtype(self) -> str:
-        """bf16 weights are held in fp32 for the simulation on a CPU, where bf16 arithmetic is emulated and slow."""
-        return "float32" if self.dtype == "float32" else self.merged_dtype
+        """What the plain graph computes in: the dtype that ships.
+
+        Where the target cannot run, and training is in fp32 as on a CPU, where bf16 arithmetic is emulated and slow,
+        the simulation holds the bf16 weights in fp32.
+        """
+        simulated = self.format is not None and self.format.simulated
+        return "float32" if simulated and self.dtype == "float32" else self.merged_dtype
 
     @property
     def _eval_data(self) -> Path:

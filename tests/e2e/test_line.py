@@ -28,6 +28,16 @@ def test_what_is_trained_is_what_is_shipped(finished: Path, runs: Any) -> None:
         assert (finished / name).stat().st_size > 0
 
 
+@pytest.mark.parametrize(
+    ("training", "merged"),
+    [("float32", "bfloat16"), pytest.param("bfloat16", "float32", marks=pytest.mark.slow)],
+)
+def test_what_ships_is_compared_in_the_dtype_that_ships(training: str, merged: str, runs: Any) -> None:
+    dtypes = (f"--model.dtype={training}", f"--quantize.dtype={merged}", "--eval.control=False")
+    run = runs.finish(*TINY, *dtypes, f"--run.name=merged-{merged}")
+    assert runs.metrics(run)["train_ship_gap"] == 0.0
+
+
 def test_every_key_of_the_metrics_is_there_or_has_its_reason(finished: Path, runs: Any) -> None:
     metrics = runs.metrics(finished)
     contract = [
