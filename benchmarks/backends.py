@@ -6,7 +6,8 @@
 
 Both backends start from the same weights, adapters and order of rows (drawn on the CPU from one seed). For each scheme:
 the loss of each training step side by side, what the shipped models lose, whether what was trained is what ships, the
-median time of a step (the first three left out). Options after `--` go to `train`.
+median time of a step (the first three left out). The scheme `none` compares without QAT. Options after `--` go to
+`train`.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def main() -> int:
 def one_run(options: argparse.Namespace, scheme: str, backend: str, rest: list[str]) -> dict[str, Any]:
     """One `train`; its losses by step and a line of results."""
     name = f"{Path(options.config).stem}-{scheme}-{backend}"
-    command = [sys.executable, "-m", "train", "--config", options.config, "--qat", scheme]
+    command = [sys.executable, "-m", "train", "--config", options.config]
+    command += [] if scheme == "none" else ["--qat", scheme]
     command += [f"--model.backend={backend}", f"--run.root={options.root}", f"--run.name={name}", *rest]
     started = time.monotonic()
     options.root.mkdir(parents=True, exist_ok=True)

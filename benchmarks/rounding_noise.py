@@ -5,7 +5,7 @@
 The untouched model is evaluated in the plain graph with transformers' two attention implementations, which sum in
 another order: once as it is (bf16 on CUDA, float32 on the CPU), and once with each scheme's fake quantisation. A format
 that rounds activations turns a last-bit difference into another rounding, layer after layer. Two backends cannot agree
-better than this. Options after `--` go to the config.
+better than this. Losses and differences are nats per answer token. Options after `--` go to the config.
 """
 
 from __future__ import annotations

@@ -248,21 +248,24 @@ def test_a_model_with_code_of_its_own_runs_where_it_is_trusted(finished: Path, r
     assert (run / "quantized" / "modeling_own.py").is_file()
 
 
-@pytest.mark.slow
-def test_the_benchmark_of_both_backends_compares_them(tmp_path: Path) -> None:
-    script = Path(__file__).resolve().parents[2] / "benchmarks" / "backends.py"
-    command = [sys.executable, str(script), "--config", "tiny.yaml", "--schemes", "int8-int4", "--root", str(tmp_path)]
+def _benchmark(name: str, *options: str) -> str:
+    """What a script of benchmarks/ prints."""
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / name
+    command = [sys.executable, str(script), "--config", "tiny.yaml", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=script.parents[1])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert done.stdout.rstrip().endswith("agree")
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["int8-int4", "none"])
+def test_the_benchmark_of_both_backends_compares_them(scheme: str, tmp_path: Path) -> None:
+    assert _benchmark("backends.py", "--schemes", scheme, "--root", str(tmp_path)).rstrip().endswith("agree")
 
 
 @pytest.mark.slow
 def test_the_benchmark_of_rounding_noise_finds_little_without_rounding(tmp_path: Path) -> None:
-    script = Path(__file__).resolve().parents[2] / "benchmarks" / "rounding_noise.py"
-    command = [sys.executable, str(script), "--config", "tiny.yaml", "--schemes", "int8-int4", "--root", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=script.parents[1])
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    plain, rounded = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    printed = _benchmark("rounding_noise.py", "--schemes", "int8-int4", "--root", str(tmp_path))
+    plain, rounded = (json.loads(line) for line in printed.splitlines() if line.startswith("{"))
     assert plain["scheme"] is None and rounded["scheme"] == "int8-int4"
     assert plain["mean |difference| of a sample"] < min(1e-4, rounded["mean |difference| of a sample"])
