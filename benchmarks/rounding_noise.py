@@ -54,7 +54,8 @@ def main() -> int:
             if name is not None:
                 scheme = find_scheme(name)
                 size = scheme.pick_group_size(config.quantize.group_size)
-                simulate_(model, scheme, pick_target(scheme, None)[0], size, select_layers(model, scheme, size))
+                target = pick_target(scheme, None)[0]
+                simulate_(model, scheme, target, size, select_layers(model, scheme, size, target))
             scores.append(evaluate_model(model.to(device), samples, batch_size=config.eval.batch_size))
         sdpa, eager = scores
         apart = np.abs(sdpa.nll - eager.nll) / sdpa.tokens

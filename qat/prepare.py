@@ -1,21 +1,26 @@
-"""Puts fake quantisation into a model and takes it out again.
+"""Puts fake quantisation into a model, switches it on and off, and takes it out again.
 
-Forwards are bound on the instances of the linear layers and undone by `remove_qat`; no class is patched, no parameter
-is added, and the weights are not touched, so that removal is exact to the bit.
+Forwards are bound on the instances of the linear layers and unbound when it is off; no class is patched, no parameter
+is added to the model, and the weights are not touched: a model that is switched off computes what it computed before,
+to the bit and by the same kernels.
 """
 
 from __future__ import annotations
 
 import types
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qat.linear import FakeQuantLinear, FakeQuantSwitch, LayerNumerics, RoundTrip, merged_weight
+from qat.adapters import active_module, adapter_of, base_linear, merged_of, refuse_adapters, scaling_of
+from qat.linear import FakeQuantLinear, LayerNumerics
 from quantize.errors import UserError
-from quantize.layers import Coverage, plain_name, select_layers
+from quantize.layers import Coverage, is_outermost_linear, plain_name, select_layers
+from quantize.numerics import Quantised, best_factor
 from quantize.schemes import Scheme, Target, find_scheme
 
 _MARK = "activation_fake_quantizer"  # a child of this name makes Unsloth's fused kernels call the projection instead
@@ -23,18 +28,85 @@ _MARK = "activation_fake_quantizer"  # a child of this name makes Unsloth's fuse
 
 @dataclass
 class Prepared:
-    """Fake quantisation in one model: what it covers, its switch, and what `remove_qat` needs.
+    """Fake quantisation in one model.
 
     Attributes:
         coverage: the layers that are fake-quantised, and why not the others.
-        switch: turns all of them on and off, and remembers which ran.
-        numerics: plain layer name -> its numbers.
+        layers: plain layer name -> (module, its numbers), the quantised embedding among them.
+        placement: "inside" or "outside".
+        mse: choose the factors of the ranges by least squared error when it is first switched on.
+        ranges_chosen: that has been done, or the factors were loaded; set it to False to choose them anew.
+        calls: layer name -> how often its fake quantisation ran.
+        enabled: quantisation is simulated at the moment.
     """
 
     coverage: Coverage
-    switch: FakeQuantSwitch
-    numerics: dict[str, LayerNumerics] = field(default_factory=dict)
-    modules: dict[str, Any] = field(default_factory=dict)
+    placement: str
+    mse: bool = False
+    ranges_chosen: bool = False
+    layers: dict[str, tuple[Any, LayerNumerics]] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+    enabled: bool = False
+
+    def switch_on(self) -> None:
+        """Simulates quantisation from here on."""
+        if self.enabled:
+            return
+        if self.mse and not self.ranges_chosen:
+            self._choose_ranges()
+        for module, numerics in self.layers.values():
+            if isinstance(module, nn.Embedding):
+                module.forward = types.MethodType(_look_up(numerics), module)  # type: ignore[method-assign]
+                continue
+            bound = _inside(numerics) if self.placement == "inside" else _outside(numerics)
+            module.forward = types.MethodType(bound, module)
+            if base_linear(module) is not module:
+                base_linear(module).add_module(_MARK, nn.Identity())
+        self.enabled = True
+
+    def switch_off(self) -> None:
+        """Every layer computes again what its class computes."""
+        if not self.enabled:
+            return
+        for module, _ in self.layers.values():
+            del module.forward
+            if hasattr(module, "base_layer"):
+                del module.base_layer._modules[_MARK]
+        self.enabled = False
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """Layer name -> the factor (O, G) of its ranges; empty where every range is that of its extremes."""
+        return {name: numerics.factor for name, (_, numerics) in self.layers.items() if numerics.factor is not None}
+
+    def load_factors(self, stored: dict[str, Tensor]) -> None:
+        """Takes factors that `factors` gave, in place of choosing them."""
+        for name, factor in self.factors.items():
+            factor.data.copy_(stored[name])
+        self.ranges_chosen = True
+
+    def silent(self) -> list[str]:
+        """The layers whose fake quantisation has not run yet."""
+        return [name for name in self.layers if not self.calls[name]]
+
+    @torch.no_grad()
+    def grid(self) -> Iterator[tuple[str, Quantised]]:
+        """(layer name, its weight on the grid that was trained): what ships.
+
+        Raises:
+            AssertionError: the adapter was trained outside; no grid was trained then.
+        """
+        assert self.placement == "inside", "with the adapter outside no grid was trained"
+        for name, (module, numerics) in self.layers.items():
+            yield name, numerics.quantise(merged_of(module))
+
+    @torch.no_grad()
+    def _choose_ranges(self) -> None:
+        for module, numerics in self.layers.values():
+            if numerics.factor is not None:
+                weight = merged_of(module) if self.placement == "inside" else base_linear(module).weight
+                numerics.factor.data.copy_(best_factor(numerics.numbers, weight, numerics.group_size, numerics.dtype))
+        self.ranges_chosen = True
 
 
 def prepare_qat(
@@ -45,6 +117,9 @@ def prepare_qat(
     group_size: int | None = None,
     dtype: torch.dtype | None = None,
     placement: str = "inside",
+    ranges: str = "minmax",
+    learned_scales: bool = False,
+    enabled: bool = True,
 ) -> Prepared:
     """Fake-quantises the linear layers of `model` for training, with LoRA's adapters inside the quantiser.
 
@@ -53,140 +128,129 @@ def prepare_qat(
         scheme: the format, or its name.
         target: where it will run; the scheme's first by default.
         group_size: weights per scale; the scheme's own by default.
-        dtype: dtype of the 16-bit weight that ships; the model's own by default.
+        dtype: what the shipped model computes in, and the dtype of its scales; the model's own by default.
         placement: "inside" trains fq(W + s B A), what ships; "outside" trains fq(W) + s B A, for comparison.
+        ranges: "minmax" spans each group's extremes; "mse" shrinks that range to the least squared error, once.
+        learned_scales: the ranges are learned; their parameters, `Prepared.factors`, are for the caller's optimiser.
+        enabled: switch it on at once; else `Prepared.switch_on` does, which also chooses the ranges then.
+
+    Returns:
+        What was prepared.
 
     Raises:
-        UserError: nothing can be quantised, several adapters are active, or an adapter cannot go inside.
+        UserError: nothing can be quantised, or an adapter cannot be merged exactly (with the layers' names).
     """
     scheme = find_scheme(scheme) if isinstance(scheme, str) else scheme
     target = scheme.find_target(target) if isinstance(target, str) else target or next(iter(scheme.targets.values()))
-    group_size = scheme.pick_group_size(group_size)
-    coverage = select_layers(model, scheme, group_size)
+    group_size = scheme.pick_group_size(group_size, target)
+    coverage = select_layers(model, scheme, group_size, target)
     if not coverage.layers:
         reasons = sorted(set(coverage.skipped.values())) or ["the model has no linear layer"]
         raise UserError(f"{scheme.name} reaches no layer of this model: {'; '.join(reasons)}")
-    prepared = Prepared(coverage, FakeQuantSwitch())
     chosen = set(coverage.layers)
-    found = [(plain_name(name), module) for name, module in model.named_modules() if _is_outermost(name, module)]
-    for name, module in found:
-        if name in chosen:
-            _check_adapter(name, module, placement)
-    for name, module in found:
-        if name in chosen:
-            linear = base_linear(module)
-            numerics = LayerNumerics(
-                name=name,
-                weight=_with_group_size(target, group_size),
-                activation=target.activation,
-                merged_dtype=dtype or linear.weight.dtype,
-                scaling=_scaling(module),
-                switch=prepared.switch,
-            )
-            _bind(module, numerics, placement)
-            prepared.numerics[name], prepared.modules[name] = numerics, module
+    found = {plain_name(name): module for name, module in model.named_modules() if is_outermost_linear(name, module)}
+    modules = {name: module for name, module in found.items() if name in chosen}
+    refuse_adapters(modules)
+    prepared = Prepared(coverage, placement, mse=ranges == "mse")
+    for name, module in modules.items():
+        weight = base_linear(module).weight
+        numerics = LayerNumerics(
+            name=name,
+            numbers=target.numbers(),
+            group_size=group_size,
+            dtype=dtype or weight.dtype,
+            scaling=scaling_of(module),
+            calls=prepared.calls,
+        )
+        if ranges == "mse" or learned_scales:
+            numerics = replace(numerics, factor=_factor(weight, numerics, learned_scales))
+        prepared.layers[name] = (module, numerics)
     if scheme.embedding is not None:
-        _bind_embedding(model, scheme, prepared)
+        prepared.layers |= _embedding(model, scheme.embedding, dtype, prepared.calls)
+    if enabled:
+        prepared.switch_on()
     return prepared
 
 
 def remove_qat(prepared: Prepared) -> None:
     """Undoes `prepare_qat`: each layer computes again what its class computes."""
-    for module in prepared.modules.values():
-        del module.forward
-        if hasattr(module, "base_layer"):
-            del module.base_layer._modules[_MARK]
-    prepared.modules.clear()
+    prepared.switch_off()
+    prepared.layers.clear()
 
 
-def _with_group_size(target: Target, group_size: int | None) -> RoundTrip:
-    def round_trip(weight: Tensor) -> Tensor:
-        return target.weight(weight, group_size)
-
-    return round_trip
+def _factor(weight: Tensor, numerics: LayerNumerics, learned: bool) -> Tensor:
+    groups = numerics.numbers.quantise(weight[:1], numerics.group_size, numerics.dtype, None).scale.shape[-1]
+    return nn.Parameter(torch.ones(weight.shape[0], groups, device=weight.device), requires_grad=learned)
 
 
-def base_linear(module: nn.Module) -> nn.Linear:
-    """The linear layer under a LoRA layer, or the module itself."""
-    linear = getattr(module, "base_layer", module)
-    assert isinstance(linear, nn.Linear)
-    return linear
+def _embedding(
+    model: nn.Module, target: Target, dtype: torch.dtype | None, calls: Counter[str]
+) -> dict[str, tuple[Any, LayerNumerics]]:
+    """The input embedding, rounded on look-up. A tied lm_head keeps its own numbers: the two part when they ship."""
+    embedding = active_module(model.get_input_embeddings())  # type: ignore[operator]
+    if hasattr(embedding, "base_layer"):
+        raise UserError("the input embedding has an adapter, which cannot go inside its fake quantiser; leave it out")
+    (name,) = {plain_name(name) for name, module in model.named_modules() if module is embedding}
+    numerics = LayerNumerics(
+        name=name,
+        numbers=target.numbers(),
+        group_size=None,
+        dtype=dtype or embedding.weight.dtype,
+        scaling=1.0,
+        calls=calls,
+    )
+    return {name: (embedding, numerics)}
 
 
-def adapter_of(module: Any) -> tuple[Tensor | None, Tensor | None]:
-    """(A, B) of the one active adapter of a LoRA layer; (None, None) for a plain linear."""
-    if not hasattr(module, "lora_A") or not module.lora_A:
-        return None, None
-    (name,) = module.active_adapters
-    return module.lora_A[name].weight, module.lora_B[name].weight
-
-
-def layer_merged_weight(module: Any, dtype: torch.dtype) -> Tensor:
-    """The 16-bit weight (O, I) that a layer ships: W + s B A rounded to `dtype`."""
-    lora_a, lora_b = adapter_of(module)
-    return merged_weight(base_linear(module).weight, lora_a, lora_b, _scaling(module), dtype)
-
-
-def _is_outermost(name: str, module: nn.Module) -> bool:
-    """A LoRA layer, or a plain linear that is no part of one."""
-    if ".lora_" in name or name.endswith(".base_layer"):
-        return False
-    return isinstance(module, nn.Linear) or isinstance(getattr(module, "base_layer", None), nn.Linear)
-
-
-def _scaling(module: Any) -> float:
-    if adapter_of(module)[0] is None:
-        return 1.0
-    (name,) = module.active_adapters
-    return float(module.scaling[name])
-
-
-def _check_adapter(name: str, module: Any, placement: str) -> None:
-    if not hasattr(module, "lora_A"):
-        return
-    adapters = list(module.active_adapters)
-    if len(adapters) != 1:
-        raise UserError(f"{name} has {len(adapters)} active adapters; QAT trains exactly one (model.set_adapter(name))")
-    if module.use_dora.get(adapters[0], False):
-        raise UserError(f"{name} uses DoRA, which cannot go inside the fake quantiser yet; set lora.use_dora=false")
-    dropout = module.lora_dropout[adapters[0]] if adapters[0] in module.lora_dropout else None
-    if placement == "inside" and isinstance(dropout, nn.Dropout) and dropout.p > 0:
-        raise UserError(
-            f"{name} has LoRA dropout {dropout.p}, which has no meaning inside W + s B A; set lora.lora_dropout=0"
-        )
-
-
-def _bind(module: Any, numerics: LayerNumerics, placement: str) -> None:
-    def inside(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _inside(numerics: LayerNumerics) -> Any:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         linear = base_linear(self)
         lora_a, lora_b = adapter_of(self)
-        return FakeQuantLinear.apply(x, linear.weight, lora_a, lora_b, linear.bias, numerics)  # type: ignore[no-any-return]
+        output = FakeQuantLinear.apply(x, linear.weight, lora_a, lora_b, linear.bias, numerics.factor, numerics)
+        dropout = _dropout(self) if lora_a is not None else None
+        if dropout is None or lora_a is None or lora_b is None:
+            return output  # type: ignore[no-any-return]
+        # Dropout perturbs the adapter's input around its mean, which is what the merged weight multiplies.
+        noise = dropout(x) - x
+        return output + _adapter_output(noise, lora_a, lora_b, numerics.scaling).to(output.dtype)  # type: ignore[no-any-return]
 
-    def outside(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return forward
+
+
+def _outside(numerics: LayerNumerics) -> Any:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         linear = base_linear(self)
         lora_a, lora_b = adapter_of(self)
-        output = FakeQuantLinear.apply(x, linear.weight, None, None, linear.bias, numerics)
+        output = FakeQuantLinear.apply(x, linear.weight, None, None, linear.bias, numerics.factor, numerics)
         if lora_a is None or lora_b is None:
             return output  # type: ignore[no-any-return]
-        (name,) = self.active_adapters
-        dropped = self.lora_dropout[name](x.to(lora_a.dtype))
-        return output + (dropped @ lora_a.t() @ lora_b.t() * numerics.scaling).to(output.dtype)  # type: ignore[no-any-return]
+        dropout = _dropout(self)
+        inputs = x if dropout is None else dropout(x)
+        return output + _adapter_output(inputs, lora_a, lora_b, numerics.scaling).to(output.dtype)  # type: ignore[no-any-return]
 
-    module.forward = types.MethodType(inside if placement == "inside" else outside, module)
-    linear = base_linear(module)
-    if linear is not module:
-        linear.add_module(_MARK, nn.Identity())
+    return forward
 
 
-def _bind_embedding(model: nn.Module, scheme: Scheme, prepared: Prepared) -> None:
-    """Rounds the embedding's rows on look-up. A tied lm_head keeps its own numbers: the two part when they ship."""
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
+def _adapter_output(inputs: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    return inputs.to(lora_a.dtype) @ lora_a.t() @ lora_b.t() * scaling
 
-    def look_up(self: Any, ids: Tensor) -> Tensor:
-        rows = torch.nn.functional.embedding(ids, self.weight)
+
+def _dropout(module: Any) -> nn.Dropout | None:
+    """LoRA's dropout of a layer, where it does something at the moment."""
+    (name,) = module.active_adapters
+    dropout = module.lora_dropout[name] if name in module.lora_dropout else None
+    return dropout if isinstance(dropout, nn.Dropout) and dropout.p > 0 and module.training else None
+
+
+def _look_up(numerics: LayerNumerics) -> Any:
+    def forward(self: Any, ids: Tensor) -> Tensor:
+        scale = getattr(self, "scalar_embed_scale", None)  # Gemma multiplies what it looks up
+        rows = torch.nn.functional.embedding(ids, self.weight, self.padding_idx)
         # One scale per row, so the rows that are looked up are all that needs rounding.
-        rounded = scheme.embedding_weight(rows, None) if prepared.switch.enabled else rows
-        return rows + (rounded - rows).detach() if rows.requires_grad else rounded
+        flat = rows.detach().reshape(-1, rows.shape[-1])
+        rounded = numerics.numbers.restore(numerics.quantise(flat), numerics.dtype).to(rows.dtype).reshape(rows.shape)
+        numerics.calls[numerics.name] += 1
+        output = rows + (rounded - rows).detach() if rows.requires_grad else rounded
+        return output if scale is None else output * self.embed_scale.to(self.weight.dtype)
 
-    embedding.forward = types.MethodType(look_up, embedding)
-    prepared.modules["embedding"] = embedding
+    return forward

@@ -88,13 +88,17 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _convert_folder(source: Path, options: argparse.Namespace) -> None:
-    from quantize.hardware import pick_target
+    from quantize.hardware import missing_for, pick_target
     from quantize.worker import run_jobs
 
     scheme = find_scheme(options.scheme)
     target, missing = pick_target(scheme, options.target)
     if missing:
-        raise UserError(f"{scheme.name} for {target.name}: this machine lacks {'; '.join(missing)}")
+        here = [other.name for other in scheme.targets.values() if not missing_for(other)]
+        hint = f"; --target {' or '.join(here)} runs here" if here else ""
+        raise UserError(f"{scheme.name} for {target.name}: this machine lacks {'; '.join(missing)}{hint}")
+    if target.dtype and options.dtype not in (None, target.dtype):
+        raise UserError(f"--dtype {options.dtype}: {scheme.name} for {target.name} computes in {target.dtype}")
     output = options.output or source.with_name(f"{source.name}-{scheme.name}")
     if output.exists() and any(output.iterdir()):
         raise UserError(f"--output {output} exists and is not empty; name another folder")
@@ -105,7 +109,7 @@ def _convert_folder(source: Path, options: argparse.Namespace) -> None:
         "output": str(output),
         "scheme": scheme.name,
         "target": target.name,
-        "group_size": scheme.pick_group_size(options.group_size),
+        "group_size": scheme.pick_group_size(options.group_size, target),
         "dtype": options.dtype or target.dtype or "float32",
     }
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from torch import nn
 
 from quantize.errors import UserError
-from quantize.layers import Coverage, select_layers
+from quantize.grid import quantised_weights
+from quantize.layers import Coverage, embedding_name, select_layers
+from quantize.numerics import Quantised
 from quantize.schemes import Scheme, Target
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "*.model")
@@ -47,10 +50,15 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> nn.Module
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
 
 
-def torchao_config(scheme: Scheme, target: Target, group_size: int | None, coverage: Coverage) -> dict[str, Any]:
-    """Keyword arguments of transformers' TorchAoConfig for the covered layers.
+def torchao_config(
+    scheme: Scheme, target: Target, group_size: int | None, coverage: Coverage, embedding: str
+) -> dict[str, Any]:
+    """Keyword arguments of transformers' TorchAoConfig for the covered layers: what config.json says of the weights.
 
     A layer that does not fit is named out rather than left to the library, which would skip it in silence or fail.
+
+    Args:
+        embedding: name of the input embedding.
     """
     from torchao.quantization import FqnToConfig
 
@@ -59,7 +67,7 @@ def torchao_config(scheme: Scheme, target: Target, group_size: int | None, cover
         return {"quant_type": target.config(group_size)}
     entries: OrderedDict[str, Any] = OrderedDict()
     if scheme.embedding is not None:
-        entries["model.embed_tokens.weight"] = scheme.embedding()
+        entries[f"{embedding}.weight"] = scheme.embedding.config(None)
     for name in coverage.layers:
         entries[f"{name}.weight"] = target.config(group_size)
     return {
@@ -79,40 +87,32 @@ def convert_checkpoint(
     dtype: str,
     device: str,
     trust_remote_code: bool = False,
+    grid: Path | None = None,
 ) -> Coverage:
     """Quantises the 16-bit checkpoint `source` for `target` and writes `output`, atomically.
 
     Args:
         source: transformers checkpoint in safetensors.
         output: folder to write; replaced as a whole when everything is on disk.
-        dtype: dtype of the weights that stay unquantised ("float32", "bfloat16").
+        dtype: dtype of the weights that stay unquantised, and of the scales ("float32", "bfloat16").
         device: where to convert; CUDA layouts need CUDA.
         trust_remote_code: run the checkpoint's own model code.
+        grid: folder of the weights as they were trained (`quantize.grid`); None rounds `source` to nearest.
 
     Raises:
         UserError: the scheme reaches no layer of this model.
     """
-    from transformers import TorchAoConfig
+    from quantize.grid import load_grid
 
-    coverage = select_layers(inspect_model(source, trust_remote_code=trust_remote_code), scheme, group_size)
+    model: Any = load_plain(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    coverage = select_layers(model, scheme, group_size, target)
     if not coverage.layers:
         reasons = "; ".join(sorted(set(coverage.skipped.values())))
         raise UserError(f"{scheme.name} reaches no layer of {source}: {reasons}")
+    quantise_(model, scheme, target, group_size, coverage, load_grid(grid, device) if grid else None)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    untied = source
-    if scheme.embedding is not None:
-        untied = _untie(source, output.with_name(output.name + ".untied"), dtype, trust_remote_code)
-    try:
-        settings = TorchAoConfig(**torchao_config(scheme, target, group_size, coverage))
-        model = load_plain(
-            untied, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantization_config=settings
-        )
-        _assert_quantised(model, coverage)
-        model.save_pretrained(partial)  # type: ignore[operator]
-    finally:
-        if untied != source:
-            shutil.rmtree(untied, ignore_errors=True)
+    model.save_pretrained(partial)
     copy_companions(source, partial)
     sync_folder(partial)
     shutil.rmtree(output, ignore_errors=True)
@@ -120,15 +120,45 @@ def convert_checkpoint(
     return coverage
 
 
-def _untie(source: Path, output: Path, dtype: str, trust_remote_code: bool) -> Path:
-    """Writes the checkpoint with an lm_head of its own: embedding and lm_head ship in different formats."""
-    model: Any = load_plain(source, dtype=dtype, trust_remote_code=trust_remote_code)
+@torch.no_grad()
+def quantise_(
+    model: Any,
+    scheme: Scheme,
+    target: Target,
+    group_size: int | None,
+    coverage: Coverage,
+    grid: Mapping[str, Quantised] | None = None,
+) -> None:
+    """Gives the covered layers of a plain model torchao's tensors, in place; `save_pretrained` then writes them.
+
+    Args:
+        model: from `load_plain`, in the dtype that ships. A tied lm_head that is quantised gets weights of its own.
+        grid: the weights as trained; None rounds the model's own weights to nearest.
+    """
+    from transformers import TorchAoConfig
+    from transformers.quantizers import AutoHfQuantizer
+
+    if scheme.embedding is not None:
+        _untie(model)
+    for module, where, quantised in quantised_weights(model, scheme, target, group_size, coverage.layers, grid):
+        dtype = module.weight.dtype
+        assert isinstance(dtype, torch.dtype)
+        module.weight = nn.Parameter(where.tensor(quantised, dtype), requires_grad=False)
+    # What from_pretrained would have left behind had it quantised: save_pretrained asks for it.
+    settings = TorchAoConfig(**torchao_config(scheme, target, group_size, coverage, embedding_name(model)))
+    model.hf_quantizer = AutoHfQuantizer.from_config(settings)
+    model.config.quantization_config = settings
+    model.is_quantized, model.quantization_method = True, settings.quant_method
+    _assert_quantised(model, coverage)
+
+
+def _untie(model: Any) -> None:
+    """Gives lm_head weights of its own: embedding and lm_head ship in different formats."""
     if model.config.tie_word_embeddings:
         model.config.tie_word_embeddings = False
-        model.lm_head.weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+        model.lm_head.weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone(), requires_grad=False)
         model._tied_weights_keys = None
-    model.save_pretrained(output)
-    return output
+        model.all_tied_weights_keys = {}
 
 
 def _assert_quantised(model: nn.Module, coverage: Coverage) -> None:

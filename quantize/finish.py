@@ -79,6 +79,7 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
     Raises:
         UserError: the run is not that far, or this machine cannot run the target.
     """
+    from quantize.gate import check_gap
     from quantize.hardware import pick_target
     from quantize.schemes import find_scheme
     from quantize.worker import run_jobs
@@ -97,30 +98,38 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
         raise UserError(f"--target {picked.name}: this machine lacks {'; '.join(missing)}")
     if gathered["qat"] and picked.name != chosen["target"]:
         trained = find_scheme(chosen["scheme"]).find_target(chosen["target"])
-        if trained.weight is not picked.weight:
+        if trained.numbers() is not picked.numbers():
             raise UserError(
                 f"the run was trained for {chosen['target']}, whose numbers differ from {picked.name}'s: "
                 "train for that target"
             )
+    find_scheme(chosen["scheme"]).pick_group_size(chosen["group_size"], picked)  # its kernel may offer fewer
     chosen = {**chosen, "target": picked.name, "missing": []}
+    gathered["dtype"] = picked.dtype or gathered["dtype"]
     reference = folder / ("control/merged" if gathered["control"] else "merged")
     common = {"data": str(folder / "data" / "eval.parquet"), "batch_size": gathered["batch_size"]}
     trust = {"trust_remote_code": gathered["trust_remote_code"]}
     format_job = {key: chosen[key] for key in ("scheme", "target", "group_size")}
+    inside = bool(gathered["qat"]) and not _outside(gathered)
+    if inside and not (folder / "grid").is_dir():
+        raise UserError(f"{folder} lacks grid/, the weights as they were trained; copy the whole run directory")
+    grid = {"grid": str(folder / "grid")} if inside else {}
     evaluate = {"kind": "evaluate", "dtype": gathered["dtype"], "reference": str(reference), **common, **trust}
+    fake_job = {**evaluate, "name": "fake", "model": str(folder / "merged"), "simulate": format_job,
+                "scores": str(folder / "eval" / "fake.npz"), **grid}  # fmt: skip
     jobs: list[dict[str, Any]] = [
         {"kind": "convert", "name": "convert", "source": str(folder / "merged"), "output": str(folder / "quantized"),
-         "dtype": gathered["dtype"], **format_job, **trust},
-        {**evaluate, "name": "fake", "model": str(folder / "merged"), "simulate": format_job,
-         "scores": str(folder / "eval" / "fake.npz")},
+         "dtype": gathered["dtype"], **format_job, **trust, **grid},
+        fake_job,
         {**evaluate, "name": "final", "model": str(folder / "quantized"), "dtype": None,
          "scores": str(folder / "eval" / "final.npz")},
     ]  # fmt: skip
     shipped, fake, final = run_jobs(jobs, folder / "eval" / "finish.request.json", progress)
-    gap = fake["loss"] - final["loss"]
-    if gathered["qat"] and abs(gap) > picked.max_gap_nats:
-        raise RuntimeError(
-            f"the simulated and the shipped function differ by {gap:+.6f} nats a token; please report it"
+    if grid:
+        compare = {**fake_job, "kind": "compare", "name": "compare", "shipped": str(folder / "quantized")}
+        request = folder / "eval" / "compare.request.json"
+        check_gap(
+            fake["loss"] - final["loss"], find_scheme(chosen["scheme"]), picked, lambda: run_jobs([compare], request)[0]
         )
     gathered |= {"format": chosen, "shipped": shipped, "final": final}
     gathered["arms"]["fake"] = fake

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from quantize.schemes import Scheme, Target
 
 
@@ -14,6 +12,11 @@ def missing_for(target: Target) -> list[str]:
 
 def _missing(need: str) -> str | None:
     name, _, wanted = need.partition(">=")
+    if name == "mslk":
+        import importlib.util
+
+        found = importlib.util.find_spec("mslk") is not None
+        return None if found else "the package mslk (pip install mslk-cuda)"
     if name != "cuda":
         raise AssertionError(f"unknown requirement {need!r} in quantize/schemes.py")
     import torch
@@ -34,10 +37,7 @@ def pick_target(scheme: Scheme, asked: str | None) -> tuple[Target, list[str]]:
     Raises:
         UserError: `asked` is not a target of `scheme`.
     """
-    if asked is not None:
-        target = scheme.find_target(asked)
-        return target, missing_for(target)
-    lacking: Mapping[str, list[str]] = {name: missing_for(target) for name, target in scheme.targets.items()}
+    lacking = {target.name: missing_for(target) for target in scheme.eligible(asked)}
     runnable = [name for name, reasons in lacking.items() if not reasons]
-    chosen = runnable[-1] if runnable else next(iter(scheme.targets))
+    chosen = runnable[-1] if runnable else next(iter(lacking))
     return scheme.targets[chosen], lacking[chosen]

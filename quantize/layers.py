@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from quantize.schemes import Scheme
+from quantize.schemes import Scheme, Target
 
 
 @dataclass(frozen=True)
@@ -45,24 +46,43 @@ class Coverage:
 
 def plain_name(name: str) -> str:
     """A module's name without PEFT's wrappers: `base_model.model.model.layers.0.q_proj` -> `model.layers.0.q_proj`."""
-    return name.removeprefix("base_model.model.").removesuffix(".base_layer")
+    name = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+    return re.sub(r"\.modules_to_save\.[^.]+", "", name)
+
+
+def embedding_name(model: nn.Module) -> str:
+    """Name of a plain model's input embedding."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    (name,) = (name for name, module in model.named_modules() if module is embedding)
+    return str(name)
+
+
+def is_outermost_linear(name: str, module: nn.Module) -> bool:
+    """A linear with its adapter, or a plain linear that is no part of one; not the untrained original of a copy."""
+    if ".lora_" in name or name.endswith((".base_layer", ".original_module")):
+        return False
+    return isinstance(module, nn.Linear) or isinstance(getattr(module, "base_layer", None), nn.Linear)
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """(name without wrappers, linear) of each linear layer, the adapters' own matrices left out."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and ".lora_" not in name:
-            yield plain_name(name), module
+        if is_outermost_linear(name, module):
+            linear = getattr(module, "base_layer", module)
+            assert isinstance(linear, nn.Linear)
+            yield plain_name(name), linear
 
 
-def select_layers(model: nn.Module, scheme: Scheme, group_size: int | None) -> Coverage:
+def select_layers(model: nn.Module, scheme: Scheme, group_size: int | None, target: Target | None = None) -> Coverage:
     """Decides for each linear layer whether `scheme` quantises it.
 
     Args:
         model: a transformers model, with or without PEFT's wrappers.
         scheme: the format.
         group_size: weights per scale; a layer whose in_features it does not divide is skipped and listed.
+        target: where it runs; the scheme's first by default.
     """
+    multiple = (target or next(iter(scheme.targets.values()))).multiple
     layers: list[str] = []
     skipped: dict[str, str] = {}
     quantised = addressed = 0
@@ -73,6 +93,10 @@ def select_layers(model: nn.Module, scheme: Scheme, group_size: int | None) -> C
         addressed += linear.weight.numel()
         if group_size is not None and linear.in_features % group_size:
             skipped[name] = f"group size {group_size} does not divide its in_features {linear.in_features}"
+            continue
+        if linear.in_features % multiple or linear.out_features % multiple:
+            shape = f"{linear.out_features} x {linear.in_features}"
+            skipped[name] = f"the kernel needs multiples of {multiple}, and its weight is {shape}"
             continue
         layers.append(name)
         quantised += linear.weight.numel()

@@ -1,92 +1,135 @@
-"""Round trips `dequantize(quantize(x))` of the shipped formats, in plain torch.
+"""What the numbers of a format are: how a weight and an input are rounded, and what the layer multiplies.
 
-These functions are the numbers of a format: training runs them as fake quantisers, and tests show that they equal the
-real torchao tensors bit for bit. Shapes: `O` out_features, `I` in_features, `G` groups (I / group size).
+Training runs these functions as fake quantisers, conversion stores their integers and scales, and tests show that they
+equal torchao's real tensors to the bit. The formats themselves are in `quantize.integers` and `quantize.float8`.
 
-Each function takes a floating tensor and returns one of the same shape and dtype. None of them builds a graph; the
-straight-through estimator is added by `qat.linear`.
+Shapes: `O` out_features, `I` in_features, `G` groups (I / group size).
+
+None of them builds a graph; the straight-through estimator is added by `qat.linear`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-INT8_RANGE = (-128, 127)
-FP8_MAX = 448.0  # largest finite float8_e4m3fn
+VERSION = 2
+"""Raised when the numbers of a format change: scores that were kept of them are then evaluated again."""
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A weight on its grid.
+
+    Attributes:
+        values: (O, I) the grid's points: integers in any dtype, or float8.
+        scale: (O, G), as it ships.
+        zero: (O, G) what the integer 8 of an asymmetric grid stands for, as it ships; None where it is symmetric.
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """One numeric format: the single definition that training, conversion and evaluation share.
+
+    Attributes:
+        quantise: (weight (O, I), group size or None, dtype of the scales, factor (O, G) or None) -> the weight on its
+            grid. `factor` shrinks or widens the range that the extremes of each group span; None is 1, exactly.
+        restore: (quantised, dtype) -> weight (O, I), as the layer reads it.
+        activation: round trip of the layer's input (..., I); None where activations stay in 16 bit.
+        linear: (input (..., I), quantised, bias or None) -> (..., O), for layers that do not compute
+            `linear(activation(x), restore(w), bias)`: those that multiply by the scales after the sum.
+        span: quantised -> (lowest weight that does not clip, the range's fixed middle, the highest), each (O, G).
+        bias_after: the layer adds the bias to the rounded product, which rounds twice.
+    """
+
+    quantise: Callable[[Tensor, int | None, torch.dtype, Tensor | None], Quantised]
+    restore: Callable[[Quantised, torch.dtype], Tensor]
+    span: Callable[[Quantised], tuple[Tensor, Tensor, Tensor]]
+    activation: Callable[[Tensor], Tensor] | None = None
+    linear: Callable[[Tensor, Quantised, Tensor | None], Tensor] | None = None
+    bias_after: bool = False
+
+    def round_trip(self, weight: Tensor, group_size: int | None) -> Tensor:
+        """`restore(quantise(weight))` in the weight's own dtype: what rounding to nearest ships."""
+        return self.restore(self.quantise(weight, group_size, weight.dtype, None), weight.dtype)
+
+    @torch.no_grad()
+    def compute(self, inputs: Tensor, weight: Quantised, bias: Tensor | None) -> Tensor:
+        """The shipped layer: (..., I) -> (..., O) in the inputs' dtype."""
+        if self.linear is not None:
+            return self.linear(inputs, weight, bias)
+        rounded = inputs if self.activation is None else self.activation(inputs)
+        return self.product(rounded, self.restore(weight, inputs.dtype), bias)
+
+    def product(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The product of formats without a `linear` of their own, from round trips that are done."""
+        if not self.bias_after or bias is None:
+            return torch.nn.functional.linear(inputs, weight, bias)
+        return torch.nn.functional.linear(inputs, weight) + bias
+
+
+def grouped_by(weight: Tensor, group_size: int | None) -> Tensor:
+    """(O, I) -> (O, G, group size)."""
+    return weight.reshape(*weight.shape[:-1], -1, group_size or weight.shape[-1])
+
+
+def span_symmetric(quantised: Quantised, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The range of a symmetric grid, from `low` to `high` steps: half a step beyond its last values."""
+    scale = quantised.scale.float()
+    return low * scale, torch.zeros_like(scale), high * scale
 
 
 @torch.no_grad()
-def int_symmetric_per_group(weight: Tensor, group_size: int, bits: int) -> Tensor:
-    """Symmetric signed integers with one scale per group of `group_size` neighbouring inputs.
+def range_gradient(numbers: Numbers, weight: Tensor, quantised: Quantised, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """How the restored weight moves with the range's factor, and which weights still move it themselves.
 
-    The scale maps the larger of `-min / 2^(b-1)` and `max / (2^(b-1) - 1/2)` on the grid, as torchao's
-    `IntxUnpackedToInt8Tensor` (`MappingType.SYMMETRIC`): the scale is `max|w| / ((qmax - qmin) / 2)`.
+    The step size's gradient of LSQ (Esser et al. 2020, arXiv 1902.08153) for a range written as factor x (max - min),
+    as in OmniQuant's learnable clipping (arXiv 2308.13137): inside the range a weight contributes its rounding error,
+    outside of it the end of the range.
 
     Args:
-        weight: (O, I) with I divisible by `group_size`.
-        group_size: inputs that share a scale; I itself gives one scale per output row.
-        bits: width of the integer, 2 to 8.
+        weight: (O, I) before quantisation, float32.
+        factor: (O, G).
+
+    Returns:
+        d restored / d factor (O, I), float32, and the mask (O, I) of the weights that do not clip.
     """
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    grouped = weight.reshape(*weight.shape[:-1], -1, group_size)  # (O, G, group_size)
-    negative = torch.clamp(grouped.amin(dim=-1, keepdim=True), max=0)
-    positive = torch.clamp(grouped.amax(dim=-1, keepdim=True), min=0)
-    scale = torch.maximum(-negative, positive) / (float(high - low) / 2)
-    scale = torch.clamp(scale, min=torch.finfo(weight.dtype).smallest_normal).to(weight.dtype)
-    quantised = torch.clamp(torch.round(grouped * (1.0 / scale)), low, high)
-    return (quantised * scale).to(weight.dtype).reshape(weight.shape)
+    groups = factor.shape[-1]
+    restored = numbers.restore(quantised, torch.float32).reshape(*weight.shape[:-1], groups, -1)
+    grouped = weight.float().reshape(restored.shape)
+    low, middle, high = (bound.unsqueeze(-1) for bound in numbers.span(quantised))
+    # A factor of 1 spans the extremes: they lie on the border, from which the rounding of the scale may move it.
+    inside = ((grouped >= low) & (grouped <= high)) | (factor >= 1).unsqueeze(-1)
+    moves = (restored - torch.where(inside, grouped, middle)) / factor.float().unsqueeze(-1)
+    return moves.reshape(weight.shape), inside.reshape(weight.shape)
 
 
 @torch.no_grad()
-def int8_asymmetric_per_token(activation: Tensor) -> Tensor:
-    """Asymmetric int8 with one scale and zero point per token, chosen from that token (dynamic quantisation).
+def best_factor(numbers: Numbers, weight: Tensor, group_size: int | None, scale_dtype: torch.dtype) -> Tensor:
+    """The factor of each group's range, out of 0.40, 0.42, ..., 1.10, with the least squared error of the weight.
 
     Args:
-        activation: (..., I).
+        weight: (O, I).
+
+    Returns:
+        (O, G) float32.
     """
-    low, high = INT8_RANGE
-    negative = torch.clamp(activation.amin(dim=-1, keepdim=True), max=0)
-    positive = torch.clamp(activation.amax(dim=-1, keepdim=True), min=0)
-    scale = (positive - negative) / float(high - low)
-    scale = torch.clamp(scale, min=torch.finfo(activation.dtype).smallest_normal)
-    zero_point = torch.clamp(low - torch.round(negative / scale), low, high).to(torch.int8)
-    scale = scale.to(activation.dtype)
-    quantised = torch.clamp(torch.round(activation * (1.0 / scale)) + zero_point, low, high)
-    return ((quantised - zero_point) * scale).to(activation.dtype)
-
-
-@torch.no_grad()
-def fp8_per_row(values: Tensor) -> Tensor:
-    """float8_e4m3fn with one fp32 scale per row (weights) or token (activations): `max|x| / 448`.
-
-    Args:
-        values: (..., I). A row of zeros stays zero, where the plain formula would divide 0 by 0.
-    """
-    scale = (values.abs().amax(dim=-1, keepdim=True) / FP8_MAX).to(torch.float32)
-    scaled = (values.to(torch.float32) / scale).clamp(-FP8_MAX, FP8_MAX)
-    restored = scaled.to(torch.float8_e4m3fn).to(torch.float32) * scale
-    return torch.where(scale == 0, torch.zeros_like(restored), restored).to(values.dtype)
-
-
-@torch.no_grad()
-def int4_tinygemm(weight: Tensor, group_size: int) -> Tensor:
-    """Asymmetric uint4 per group with a floating zero point, as `aten._weight_int4pack_mm` (tinygemm) reads it.
-
-    Scale and zero point are bf16: `scale = (max - min) / 15`, `zero = min + 8 * scale`, `w = (q - 8) * scale + zero`.
-    The kernel pads I to a multiple of 1024 with zeros; a group size that divides I keeps whole groups apart from it.
-
-    Args:
-        weight: (O, I) with I divisible by `group_size`. Computed in bf16 whatever its dtype, as the format demands.
-        group_size: inputs that share a scale: 32, 64, 128 or 256.
-    """
-    grouped = weight.to(torch.bfloat16).reshape(*weight.shape[:-1], -1, group_size)
-    low = grouped.amin(dim=-1, keepdim=True)
-    high = grouped.amax(dim=-1, keepdim=True)
-    scale = torch.clamp((high - low) / 15.0, min=torch.finfo(torch.bfloat16).smallest_normal)
-    zero = low + scale * 8
-    smallest = zero - scale * 8
-    quantised = ((grouped - smallest) / scale).round().clamp(0, 15)
-    # One fused multiply-add in fp32, rounded once: what the kernel's dequantisation does in registers.
-    restored = (quantised.float() - 8) * scale.float() + zero.float()
-    return restored.to(torch.bfloat16).to(weight.dtype).reshape(weight.shape)
+    weight = weight.float()
+    groups = numbers.quantise(weight, group_size, scale_dtype, None).scale.shape[-1]
+    best = torch.ones(weight.shape[0], groups, device=weight.device)
+    least = torch.full_like(best, float("inf"))
+    for step in range(20, 56):
+        factor = torch.full_like(best, step / 50)
+        restored = numbers.restore(numbers.quantise(weight, group_size, scale_dtype, factor), torch.float32)
+        error = (restored - weight).square().reshape(weight.shape[0], groups, -1).sum(-1)
+        better = error < least
+        best, least = torch.where(better, factor, best), torch.where(better, error, least)
+    return best

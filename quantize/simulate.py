@@ -2,31 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantize.layers import Coverage, linear_layers
+from quantize.grid import quantised_weights
+from quantize.layers import Coverage
+from quantize.numerics import Numbers, Quantised
 from quantize.schemes import Scheme, Target
 
 
 @torch.no_grad()
-def simulate_(model: nn.Module, scheme: Scheme, target: Target, group_size: int | None, coverage: Coverage) -> None:
-    """Replaces the weights of the covered layers by their round trip and rounds those layers' inputs, in place.
+def simulate_(
+    model: nn.Module,
+    scheme: Scheme,
+    target: Target,
+    group_size: int | None,
+    coverage: Coverage,
+    grid: Mapping[str, Quantised] | None = None,
+) -> None:
+    """Makes the covered layers compute with the numbers of `target`, in place.
 
-    The result computes what the real quantised layers compute, up to the order of accumulation in their kernels.
+    The result computes what training computed and, up to the order of accumulation in their kernels, what the real
+    quantised layers compute.
+
+    Args:
+        grid: the weights as trained; None rounds the model's own weights to nearest.
     """
-    chosen = set(coverage.layers)
-    for name, linear in linear_layers(model):
-        if name not in chosen:
-            continue
-        linear.weight = nn.Parameter(target.weight(linear.weight.data, group_size), requires_grad=False)
-        if target.activation is not None:
-            linear.register_forward_pre_hook(_rounds_input(target.activation))
-    if scheme.embedding is not None:
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-        embedding.weight = nn.Parameter(scheme.embedding_weight(embedding.weight.data, None), requires_grad=False)
+    for module, where, quantised in quantised_weights(model, scheme, target, group_size, coverage.layers, grid):
+        numbers, dtype = where.numbers(), module.weight.dtype
+        assert isinstance(dtype, torch.dtype)
+        restored = numbers.restore(quantised, scale_dtype(where, quantised, dtype)).to(dtype)
+        module.weight = nn.Parameter(restored, requires_grad=False)
+        if numbers.linear is not None or (numbers.bias_after and getattr(module, "bias", None) is not None):
+            module.forward = types.MethodType(_multiplies(numbers, quantised), module)
+        elif numbers.activation is not None:
+            module.register_forward_pre_hook(_rounds_input(numbers.activation))
+
+
+def scale_dtype(target: Target, quantised: Quantised, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that the shipped layer restores its weight in: its scales', but of fp32 scales the model's.
+
+    A simulation may hold a bf16 target in fp32; its weights then still have to be those that bf16 gives.
+    """
+    if target.dtype is not None:
+        wanted = getattr(torch, target.dtype)
+        assert isinstance(wanted, torch.dtype)
+        return wanted
+    return quantised.scale.dtype if quantised.scale.dtype == torch.bfloat16 else dtype
+
+
+def _multiplies(numbers: Numbers, quantised: Quantised) -> Callable[[Any, Tensor], Tensor]:
+    def forward(self: Any, inputs: Tensor) -> Tensor:
+        return numbers.compute(inputs, quantised, self.bias)
+
+    return forward
 
 
 def _rounds_input(round_trip: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor]]:

@@ -20,13 +20,11 @@ from quantize.errors import UserError
 Progress = Callable[[str, int, int], None]
 
 
-def run_jobs(
-    jobs: Sequence[Mapping[str, Any]], request: Path, progress: Progress | None = None
-) -> list[dict[str, Any]]:
+def run_jobs(jobs: Sequence[Mapping[str, Any]], request: Path, progress: Progress | None = None) -> list[Any]:
     """Runs jobs in a fresh process, in order, and returns one result a job.
 
     Args:
-        jobs: each a mapping with `kind` ("evaluate" or "convert") and that function's arguments.
+        jobs: each a mapping with `kind` ("evaluate", "convert" or "compare") and that function's arguments.
         request: where the request is written; the answer lies beside it.
         progress: called with (job's name, done, total).
 
@@ -65,41 +63,80 @@ def run_jobs(
     raise RuntimeError(f"the evaluation process failed with exit code {code}; its log is {log}:\n{tail}")
 
 
-def evaluate(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Scores one checkpoint, quantised or not, or the simulation of its quantised form.
-
-    Keys: model, dtype, data (parquet), batch_size, scores (npz to write); optional simulate {scheme, target,
-    group_size}, reference (a checkpoint to measure KL from), trust_remote_code.
-    """
-    import torch
-
-    from quantize.convert import load_plain, memory_bytes
-    from quantize.evaluate import evaluate_model, read_samples
+def _load(job: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The model of a job, simulated where the job asks for it, and what of it is quantised (else None)."""
+    from quantize.convert import load_plain
+    from quantize.grid import load_grid
     from quantize.layers import select_layers
     from quantize.schemes import find_scheme
     from quantize.simulate import simulate_
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {"device": device, "trust_remote_code": job.get("trust_remote_code", False)}
-    model = load_plain(Path(job["model"]), dtype=job.get("dtype"), **options)
-    memory = memory_bytes(model)
-    if simulate := job.get("simulate"):
-        scheme = find_scheme(simulate["scheme"])
-        coverage = select_layers(model, scheme, simulate["group_size"])
-        simulate_(model, scheme, scheme.find_target(simulate["target"]), simulate["group_size"], coverage)
+    device = _device()
+    model = load_plain(
+        Path(job["model"]), dtype=job.get("dtype"), device=device, trust_remote_code=job.get("trust_remote_code", False)
+    )
+    simulate = job.get("simulate")
+    if not simulate:
+        return model, None
+    scheme = find_scheme(simulate["scheme"])
+    target, group_size = scheme.find_target(simulate["target"]), simulate["group_size"]
+    coverage = select_layers(model, scheme, group_size, target)
+    grid = load_grid(Path(job["grid"]), device) if job.get("grid") else None
+    simulate_(model, scheme, target, group_size, coverage, grid)
+    return model, coverage
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def evaluate(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """Scores one checkpoint, quantised or not, or the simulation of its quantised form.
+
+    Keys: model, dtype, data (parquet), batch_size, scores (npz to write); optional simulate {scheme, target,
+    group_size}, grid (the weights as trained), reference (a checkpoint to measure KL from), trust_remote_code.
+    """
+    from quantize.convert import memory_bytes
+    from quantize.evaluate import evaluate_model, read_samples
+
+    model, _ = _load(job)
     reference = None
     if job.get("reference"):
-        reference = load_plain(Path(job["reference"]), dtype=job.get("reference_dtype"), **options)
+        reference, _ = _load({**job, "model": job["reference"], "dtype": job.get("reference_dtype"), "simulate": None})
     samples = read_samples(Path(job["data"]))
     scores = evaluate_model(model, samples, batch_size=job["batch_size"], reference=reference, progress=progress)
     scores.save(Path(job["scores"]))
-    return {"loss": scores.loss, "kl": scores.kl_per_token, "memory_bytes": memory}
+    return {"loss": scores.loss, "kl": scores.kl_per_token, "memory_bytes": memory_bytes(model)}
+
+
+def compare(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> list[tuple[str, float]]:
+    """Which layers of a shipped checkpoint differ most from their simulation, on the first batch.
+
+    Keys: those of `evaluate` that make the simulation, and shipped (the quantised checkpoint).
+    """
+    from quantize.evaluate import batches, read_samples
+    from quantize.gate import layer_differences
+    from quantize.layers import embedding_name
+    from quantize.schemes import find_scheme
+
+    trained, coverage = _load(job)
+    shipped, _ = _load({**job, "model": job["shipped"], "dtype": None, "simulate": None})
+    _, ids, attention, _ = next(batches(read_samples(Path(job["data"])), job["batch_size"]))
+    device = _device()
+    inputs = {"input_ids": ids.to(device), "attention_mask": attention.to(device)}
+    layers = list(coverage.layers)
+    if find_scheme(job["simulate"]["scheme"]).embedding is not None:
+        layers.append(embedding_name(trained))
+    return layer_differences(trained, shipped, layers, inputs)
 
 
 def convert(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Converts one checkpoint. Keys: source, output, scheme, target, group_size, dtype; optional trust_remote_code."""
-    import torch
+    """Converts one checkpoint.
 
+    Keys: source, output, scheme, target, group_size, dtype; optional grid (the weights as trained), trust_remote_code.
+    """
     from quantize.convert import convert_checkpoint
     from quantize.schemes import find_scheme
 
@@ -111,8 +148,9 @@ def convert(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dic
         scheme.find_target(job["target"]),
         group_size=job["group_size"],
         dtype=job["dtype"],
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=_device(),
         trust_remote_code=job.get("trust_remote_code", False),
+        grid=Path(job["grid"]) if job.get("grid") else None,
     )
     progress(1, 1)
     return {"coverage": coverage.as_dict()}
@@ -133,7 +171,7 @@ def main(argv: Sequence[str]) -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     request = Path(argv[0])
     answer = request.with_suffix(".answer.json")
-    kinds = {"evaluate": evaluate, "convert": convert}
+    kinds: dict[str, Callable[..., Any]] = {"evaluate": evaluate, "convert": convert, "compare": compare}
     results = []
     try:
         for job in json.loads(request.read_text(encoding="utf-8")):

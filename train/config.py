@@ -89,12 +89,28 @@ class LoraConfig(Section):
 
 
 class FakeQuantConfig(Section):
-    """How `qat` trains. Read only where `qat` is set."""
+    """How `qat` trains. Read only where `qat` is set; docs/RESULTS.md has what each switch gains."""
 
     placement: Literal["inside", "outside"] = "inside"
     """inside = fake-quantise W + s*B@A, the weight that ships; outside = W alone, as other tools do (to compare)."""
     start: int | float = Field(default=0, ge=0)
     """Switch fake quantisation on at this step; a fraction such as 0.2 is a share of all steps."""
+    initial: Literal["base", "control"] = "base"
+    """Train the base model, or the finished 16-bit fine-tune further (eval.control): a short QAT phase after it."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps with `qat`; null = as many as `train` says."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Highest learning rate with `qat`; null = train.learning_rate."""
+    distill: float = Field(default=0.0, ge=0, le=1)
+    """Share of the loss that is KL divergence from a 16-bit teacher on the answers: the same model, no second copy."""
+    teacher: Literal["start", "control", "base"] = "start"
+    """Whom `distill` follows: the run as it was at `start`, the finished 16-bit fine-tune, or the untouched model."""
+    ranges: Literal["minmax", "mse"] = "minmax"
+    """What the grid of a group spans: its extremes, or less where that has the smaller squared error of the weights."""
+    learned_scales: bool = False
+    """Learn each group's range too (LSQ); the backward pass then builds each layer's dense gradient."""
+    scale_learning_rate: float = Field(default=1e-3, gt=0)
+    """Learning rate of the ranges' factors, which start near 1."""
     min_coverage: float = Field(default=0.9, ge=0, le=1)
     """Stop where a smaller share of the layers' linear weights can be quantised."""
 
@@ -146,9 +162,8 @@ class QuantizeConfig(Section):
     group_size: int | None = Field(default=None, ge=1)
     """Weights per scale; null = the scheme's own."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """The merged weight, which fake quantisation sees too; auto = bfloat16 on CUDA, float32 on CPU.
-
-    bfloat16 hides an adapter smaller than half a step of the weight: with a low learning rate see docs/RESULTS.md."""
+    """What the shipped model computes in, scales and unquantised weights included; auto = bfloat16 on CUDA, float32
+    on CPU. QAT chooses the integers from the float32 sum W + s*B@A whatever it is."""
 
 
 class EvalConfig(Section):

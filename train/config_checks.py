@@ -90,11 +90,11 @@ def _scheme(config: RunConfig) -> Iterator[Problem]:
             yield Problem((key,), f"{key}: {error}")
             continue
         try:
-            scheme.pick_group_size(asked.group_size)
+            scheme.pick_group_size(asked.group_size, scheme.targets.get(asked.target or ""))
         except UserError as error:
             yield Problem((key, "quantize.group_size"), str(error))
         try:
-            targets = [scheme.find_target(asked.target)] if asked.target else list(scheme.targets.values())
+            targets = scheme.eligible(asked.target)
         except UserError as error:
             yield Problem((key, "quantize.target"), str(error))
             continue
@@ -123,16 +123,49 @@ def _qat(config: RunConfig) -> Iterator[Problem]:
         if not inside:
             text = "fake_quant.placement=outside has no meaning with lora=null: there is no adapter to leave outside"
             yield Problem(("fake_quant.placement", "lora"), text)
-        return
-    if config.lora.use_dora:
+    elif config.lora.use_dora:
         text = "lora.use_dora is not supported together with qat yet; set lora.use_dora=false"
         yield Problem(("qat", "lora.use_dora"), text)
-    if inside and config.lora.lora_dropout > 0:
+    yield from _recovery(config)
+
+
+def _recovery(config: RunConfig) -> Iterator[Problem]:
+    """Switches of `fake_quant` that need another setting."""
+    asked = config.fake_quant
+    from_control = [
+        key
+        for key, wanted in (("initial", asked.initial == "control"), ("teacher", asked.teacher == "control"))
+        if wanted and (key == "initial" or asked.distill > 0)
+    ]
+    for key in from_control:
+        if not config.eval.control:
+            text = f"fake_quant.{key}=control needs the fine-tune without QAT; set eval.control=true"
+            yield Problem((f"fake_quant.{key}", "eval.control"), text)
+        if config.lora is None:
+            text = f"fake_quant.{key}=control takes the control's adapter, and with lora=null there is none; set `lora`"
+            yield Problem((f"fake_quant.{key}", "lora"), text)
+    if asked.distill > 0:
+        if config.lora is None and "teacher" not in from_control:
+            text = (
+                "fake_quant.distill with lora=null would need a second copy of the model as its teacher; set `lora`, "
+                "or fake_quant.distill=0"
+            )
+            yield Problem(("fake_quant.distill", "lora"), text)
+        if asked.teacher == "start" and asked.start == 0 and asked.initial == "base":
+            text = (
+                "fake_quant.teacher=start with fake_quant.start=0 is the untouched model, which has not learned the "
+                "task; set fake_quant.start (0.5, say), teacher=control with eval.control=true, or teacher=base"
+            )
+            yield Problem(("fake_quant.teacher", "fake_quant.start", "fake_quant.distill"), text)
+        if config.data.packing:
+            text = "fake_quant.distill does not read packed rows yet; set data.packing=false"
+            yield Problem(("fake_quant.distill", "data.packing"), text)
+    if asked.placement == "outside" and (asked.learned_scales or asked.ranges != "minmax"):
         text = (
-            "lora.lora_dropout has no meaning inside the fake quantiser, which sees W + s*B@A as one weight; "
-            "set lora.lora_dropout=0, or fake_quant.placement=outside"
+            "fake_quant.placement=outside ships other weights than it trains, so ranges of its own cannot ship; "
+            "set placement=inside, or ranges=minmax and learned_scales=false"
         )
-        yield Problem(("qat", "lora.lora_dropout", "fake_quant.placement"), text)
+        yield Problem(("fake_quant.placement", "fake_quant.learned_scales", "fake_quant.ranges"), text)
 
 
 def _four_bit(config: RunConfig) -> Iterator[Problem]:
@@ -161,18 +194,22 @@ def _random(config: RunConfig) -> Iterator[Problem]:
 
 def _steps(config: RunConfig) -> Iterator[Problem]:
     start, steps, warmup = config.fake_quant.start, config.train.max_steps, config.train.warmup_steps
+    qat_steps = config.fake_quant.max_steps or steps
     if steps == 0:
         text = "train.max_steps=0 trains nothing; use -1 for whole epochs, or `quantize convert MODEL` to quantise only"
         yield Problem(("train.max_steps",), text)
     if isinstance(start, float) and start >= 1:
         text = f"fake_quant.start={start} is no fraction below 1; write {start:.0f} for a step"
         yield Problem(("fake_quant.start",), text)
-    elif config.qat and isinstance(start, int) and 0 < steps <= start:
-        text = f"fake_quant.start={start} is never reached: train.max_steps={steps}"
-        yield Problem(("fake_quant.start", "train.max_steps", "qat"), text)
-    if 0 < steps < warmup:
-        text = f"train.warmup_steps={warmup} is more than train.max_steps={steps}"
-        yield Problem(("train.warmup_steps", "train.max_steps"), text)
+    elif config.qat and isinstance(start, int) and 0 < qat_steps <= start:
+        key = "fake_quant.max_steps" if config.fake_quant.max_steps else "train.max_steps"
+        text = f"fake_quant.start={start} is never reached: {key}={qat_steps}"
+        yield Problem(("fake_quant.start", key, "qat"), text)
+    for key, count in (("train.max_steps", steps), ("fake_quant.max_steps", qat_steps if config.qat else steps)):
+        if 0 < count < warmup:
+            text = f"train.warmup_steps={warmup} is more than {key}={count}"
+            yield Problem(("train.warmup_steps", key), text)
+            break
 
 
 def _tracking(config: RunConfig) -> Iterator[Problem]:

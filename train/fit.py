@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qat.adapters import refuse_unmergeable
 from qat.prepare import Prepared, prepare_qat
+from qat.schedule import Schedule, load_factors, save_factors
 from quantize.errors import UserError
 from quantize.evaluate import Sample, batches
+from quantize.layers import Coverage
 from quantize.schemes import Scheme, Target
 from train.backends import Backend, initialise_adapters
-from train.collators import Collator, PackedCollator, pack, with_labels
+from train.trainer import build_trainer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from train.config import RunConfig
 
+_LEAST_FACTOR = 0.05
+"""Of a learned range: below it a group would all but vanish, and its gradient with it."""
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class QatPlan:
-    """The format to train for. `dtype` is that of the merged weight ("float32", "bfloat16")."""
+    """The format to train for. `dtype` is what the shipped model computes in ("float32", "bfloat16")."""
 
     scheme: Scheme
     target: Target
@@ -38,6 +46,7 @@ class Learner:
     model: Any
     prepared: Prepared | None
     dtype: str
+    backend: Backend
 
     @property
     def autocasts(self) -> bool:
@@ -46,10 +55,15 @@ class Learner:
 
         return torch.cuda.is_available() and self.dtype == "bfloat16"
 
-    @property
-    def fake_quantised(self) -> tuple[str, ...]:
-        """Names of the fake-quantised layers."""
-        return self.prepared.coverage.layers if self.prepared else ()
+    def computing(self, *, logits: bool = False) -> AbstractContextManager[None]:
+        """Held while the model runs as it is at the moment, with fake quantisation on or off.
+
+        Args:
+            logits: the model must give them in training too, where a backend would leave them out.
+        """
+        on = self.prepared is not None and self.prepared.enabled
+        names = tuple(self.prepared.layers) if self.prepared is not None and on else ()
+        return self.backend.computing(names, dtype=self.dtype, logits=logits)
 
 
 def build_learner(
@@ -73,6 +87,7 @@ def build_learner(
         model = backend.add_lora(
             model, config.lora, seed=config.run.seed, gradient_checkpointing=config.train.gradient_checkpointing
         )
+        refuse_unmergeable(model)
         initialise_adapters(model, config.run.seed)
         if adapter is not None:
             _load_adapter(model, adapter)
@@ -87,20 +102,41 @@ def build_learner(
             group_size=plan.group_size,
             dtype=getattr(torch, plan.dtype),
             placement=config.fake_quant.placement,
+            ranges=config.fake_quant.ranges,
+            learned_scales=config.fake_quant.learned_scales,
+            enabled=config.fake_quant.start == 0,
         )
-        share = prepared.coverage.quantized_fraction
-        if share < config.fake_quant.min_coverage:
-            first = "; ".join(f"{name}: {reason}" for name, reason in list(prepared.coverage.skipped.items())[:3])
-            raise UserError(
-                f"{plan.scheme.name} reaches {share:.1%} of the linear weights, below fake_quant.min_coverage="
-                f"{config.fake_quant.min_coverage} ({first}); choose another quantize.group_size or lower the bound"
-            )
-    return Learner(model=model, prepared=prepared, dtype=dtype)
+        refuse_low_coverage(prepared.coverage, plan.scheme, config.fake_quant.min_coverage)
+        if adapter is not None:
+            load_factors(prepared, adapter)
+    return Learner(model=model, prepared=prepared, dtype=dtype, backend=backend)
+
+
+def refuse_low_coverage(coverage: Coverage, scheme: Scheme, least: float) -> None:
+    """Raises UserError, with the layers and why they are left out, where too few weights would be quantised."""
+    share = coverage.quantized_fraction
+    if share < least:
+        left = {name: reason for name, reason in coverage.skipped.items() if name.rsplit(".", 1)[-1] not in scheme.skip}
+        first = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        raise UserError(
+            f"{scheme.name} reaches {share:.1%} of the linear weights, below fake_quant.min_coverage={least} "
+            f"({first}{more}); choose another quantize.group_size or lower the bound"
+        )
 
 
 def save_adapter(learner: Learner, folder: Path) -> None:
-    """Writes the adapter (peft's format), or the full weights where there is none."""
+    """Writes the adapter (peft's format), or the full weights where there is none, and the ranges' factors."""
     learner.model.save_pretrained(folder)
+    save_factors(learner.prepared, folder)
+
+
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """Parameter name -> weight of an adapter that `save_adapter` wrote."""
+    from safetensors.torch import load_file
+
+    stored = load_file(folder / "adapter_model.safetensors")
+    return {name.removesuffix(".weight") + ".default.weight": weight for name, weight in stored.items()}
 
 
 def _load_adapter(model: Any, folder: Path) -> None:
@@ -119,6 +155,8 @@ def fit(
     folder: Path,
     on_step: OnStep,
     should_stop: Callable[[], bool],
+    *,
+    teacher: Path | None = None,
 ) -> bool:
     """Trains until the end, or until `should_stop`; continues from the last checkpoint in `folder`.
 
@@ -127,6 +165,7 @@ def fit(
         folder: where the trainer keeps its checkpoints.
         on_step: called with (step, all steps, logged numbers) whenever the trainer logs.
         should_stop: asked after every step; true saves the state and ends.
+        teacher: the adapter of the finished 16-bit fine-tune, where `fake_quant.teacher` asks for it.
 
     Returns:
         True when finished, False when stopped.
@@ -137,109 +176,74 @@ def fit(
     import transformers
     from transformers.trainer_utils import get_last_checkpoint
 
-    trainer = _build_trainer(learner, config, tokenizer, dataset, folder)
-    stop = _StopCallback(learner, config.fake_quant.start, on_step, should_stop)
-    trainer.add_callback(stop)
-    trainer.remove_callback(transformers.ProgressCallback)
-    trainer.remove_callback(transformers.PrinterCallback)
+    schedule = _schedule(learner, config, folder, teacher)
+    trainer = build_trainer(learner, config, tokenizer, dataset, folder, schedule)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
-    return not stop.stopped
+    if last is not None:
+        load_factors(learner.prepared, Path(last))
+    with ExitStack() as contexts:
+        callback = _callback(learner, schedule, contexts, on_step, should_stop)
+        trainer.add_callback(callback)
+        trainer.remove_callback(transformers.ProgressCallback)
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train(resume_from_checkpoint=last)
+    if learner.prepared is not None:
+        learner.prepared.switch_on()
+    return not callback.stopped
 
 
-def _build_trainer(learner: Learner, config: RunConfig, tokenizer: Any, dataset: Any, folder: Path) -> Any:
-    """TRL's trainer over the rows, packed where asked for, whose loss must be finite."""
-    import transformers
-    from trl import SFTTrainer
-
-    class Trainer(SFTTrainer):  # defined here: the backend must have patched trl
-        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            # TRL's own loss needs triton; transformers' is the same function and runs everywhere. It also lets
-            # the backend's fused cross entropy work, which sits in the model's forward.
-            rows = inputs.pop("rows")
-            result = transformers.Trainer.compute_loss(self, model, inputs, *args, **kwargs)
-            loss = result[0] if isinstance(result, tuple) else result
-            if not math.isfinite(loss.item()):
-                raise UserError(
-                    f"the loss is {loss.item()} at step {self.state.global_step + 1}, on the data rows "
-                    f"{rows.tolist()}; lower train.learning_rate, set train.max_grad_norm, or look at those rows"
-                )
-            return result
-
-    rows = with_labels(dataset)
-    collator: Collator | PackedCollator = Collator(tokenizer.pad_token_id)
-    if config.data.packing:
-        rows = pack(rows, config.train.max_length)
-        collator = PackedCollator(name_lengths=config.model.backend == "unsloth")
-    trainer = Trainer(
-        model=learner.model,
-        args=trainer_arguments(config, folder, bf16=learner.autocasts),
-        train_dataset=rows,
-        data_collator=collator,
-        processing_class=tokenizer,
+def _schedule(learner: Learner, config: RunConfig, folder: Path, teacher: Path | None) -> Schedule | None:
+    if learner.prepared is None:
+        return None
+    asked = config.fake_quant
+    adapter: dict[str, Tensor] | None = {} if asked.teacher == "base" else None
+    if asked.teacher == "control" and asked.distill > 0:
+        assert teacher is not None
+        adapter = read_adapter(teacher)
+    return Schedule(
+        learner.model, learner.prepared, start=asked.start, distill=asked.distill, adapter=adapter, folder=folder
     )
-    # The backend may have changed the arguments under way.
-    if trainer.args.bf16 != learner.autocasts:
-        raise UserError(
-            f"{config.model.backend} would train with bf16={trainer.args.bf16}, where model.dtype={learner.dtype} asks "
-            f"for bf16={learner.autocasts}; set model.backend=peft or another model.dtype"
-        )
-    return trainer
 
 
-def trainer_arguments(config: RunConfig, folder: Path, *, bf16: bool) -> Any:
-    """TRL's SFTConfig for this run; `bf16` asks for autocast."""
-    import torch
-    from trl import SFTConfig
+def _callback(
+    learner: Learner, schedule: Schedule | None, contexts: ExitStack, on_step: OnStep, should_stop: Callable[[], bool]
+) -> Any:
+    """Runs the schedule, checks that fake quantisation ran, stops when asked, and hands the logged numbers on.
 
-    settings = config.train.model_dump(exclude={"extra"})
-    cuda = torch.cuda.is_available()
-    gradient_checkpointing = settings.pop("gradient_checkpointing")
-    settings |= {
-        "output_dir": str(folder),
-        "seed": config.run.seed,
-        "data_seed": config.run.seed,
-        "bf16": bf16,
-        "use_cpu": not cuda,
-        # The backend turns it on where the model is loaded: unsloth has its own.
-        "gradient_checkpointing": gradient_checkpointing and config.model.backend == "unsloth" and cuda,
-        "remove_unused_columns": False,
-        "save_strategy": "steps",
-        "save_total_limit": 2,
-        "save_only_model": False,
-        "packing": False,  # the rows come packed
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "disable_tqdm": True,
-        "dataloader_pin_memory": cuda,
-        "max_length": None,  # truncated when the data was prepared
-    }
-    return SFTConfig(**{**settings, **config.train.extra})
-
-
-def _StopCallback(learner: Learner, start: float, on_step: OnStep, should_stop: Callable[[], bool]) -> Any:
+    Args:
+        contexts: holds the backend's settings, which change when fake quantisation is switched.
+    """
     import transformers
 
     class Callback(transformers.TrainerCallback):
-        stopped = False
+        stopped = began = False
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if learner.prepared is not None:
-                first = start * state.max_steps if 0 < start < 1 else start
-                learner.prepared.switch.enabled = state.global_step >= first
+            switched = schedule is not None and schedule.before_step(state.global_step, state.max_steps)
+            if switched or not self.began:
+                contexts.close()
+                taught = schedule is not None and schedule.teacher is not None
+                contexts.enter_context(learner.computing(logits=taught))
+            self.began = True
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if learner.prepared is not None:  # they are no parameters of the model, whose gradients the trainer clears
+                for factor in learner.prepared.factors.values():
+                    factor.grad = None
+                    factor.data.clamp_(min=_LEAST_FACTOR)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             _check_that_it_ran(learner)
             if should_stop() and state.global_step < state.max_steps:
                 self.stopped = control.should_save = control.should_training_stop = True
 
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            save_factors(learner.prepared, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             numbers = {name: float(value) for name, value in (logs or {}).items() if _is_number(value)}
             if "loss" in numbers:
                 on_step(state.global_step, state.max_steps, numbers)
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if learner.prepared is not None:
-                learner.prepared.switch.enabled = True
 
     return Callback()
 
@@ -254,12 +258,12 @@ def _is_number(value: Any) -> bool:
 def _check_that_it_ran(learner: Learner) -> None:
     """Fails when a fused path of the backend went past a fake quantiser: the run would train another function."""
     prepared = learner.prepared
-    if prepared is None or not prepared.switch.enabled:
+    if prepared is None or not prepared.enabled:
         return
-    silent = set(prepared.coverage.layers) - prepared.switch.seen
+    silent = prepared.silent()
     if silent:
         raise UserError(
-            f"{len(silent)} fake-quantised layers never ran, the first is {sorted(silent)[0]}: the backend computes "
+            f"{len(silent)} fake-quantised layers never ran, the first is {silent[0]}: the backend computes "
             "them without calling them; set model.backend=peft"
         )
 
@@ -271,7 +275,7 @@ def backend_loss(learner: Learner, samples: Sequence[Sample], batch_size: int) -
     model = learner.model.eval()
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
-    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=learner.autocasts):
+    with torch.no_grad(), learner.computing(), torch.autocast("cuda", torch.bfloat16, enabled=learner.autocasts):
         for _, ids, attention, mask in batches(samples, batch_size):
             labels = ids.masked_fill(~mask, -100).to(device)
             output = model(input_ids=ids.to(device), attention_mask=attention.to(device), labels=labels)

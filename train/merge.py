@@ -1,4 +1,4 @@
-"""Merges a finished fit into the 16-bit checkpoint that ships: W + s B A, exactly as it was fake-quantised."""
+"""Merges a finished fit into a 16-bit checkpoint: W + s B A. The grid that QAT trained is apart (`quantize.grid`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qat.prepare import adapter_of, base_linear, layer_merged_weight
+from qat.adapters import adapter_of, base_linear, merged_16_bit
 from quantize.convert import copy_companions
 from quantize.layers import plain_name
 from train.fit import Learner
@@ -44,7 +44,7 @@ def write_merged(learner: Learner, source: Path, output: Path, *, dtype: str, se
         elif any(module.use_dora.values()):
             weights[key] = _peft_merged_weight(module)
         else:
-            weights[key] = layer_merged_weight(module, target)
+            weights[key] = merged_16_bit(module, target)
     state = {name: weight.detach().to("cpu", target).contiguous() for name, weight in weights.items()}
     save_torch_state_dict(state, output, metadata={"format": "pt"})
     config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=settings.trust_remote_code)
@@ -70,8 +70,9 @@ def _live_weights(model: Any) -> dict[str, Tensor]:
     """Plain parameter name -> weight, adapters left out, each tied weight once."""
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        if ".lora_" not in name:
-            found[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = parameter.data
+        if ".lora_" not in name and ".original_module." not in name:
+            module, _, leaf = name.rpartition(".")
+            found[f"{plain_name(module)}.{leaf}"] = parameter.data
     return found
 
 

@@ -86,7 +86,7 @@ def _run_in(directory: RunDir, config: RunConfig, argv: Sequence[str], sinks: Se
         data = stages.data(model)
         baseline = stages.baseline(model, data)
         control = stages.control(backend, model, data)
-        tuned = stages.tuned(backend, model, data)
+        tuned = stages.tuned(backend, model, data, control)
         arms = stages.arms(data, control, tuned)
         shipped = stages.quantise(tuned)
         final = stages.final(data, arms, control, tuned, shipped)

@@ -128,10 +128,9 @@ def _mib(count: int) -> str:
 def _steps(config: RunConfig, device: str) -> Iterator[Step]:
     train, scheme, qat = config.train, config.scheme_name, config.qat
     source = f"random {config.model.architecture} ({config.model.random})" if config.model.random else config.model.id
-    length = f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epoch(s)"
-    method = f"LoRA r={config.lora.r}" if config.lora else "full fine-tuning"
-    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    work = f"{method}, {length} of {batch} rows, learning rate {train.learning_rate:g}"
+    asked = config.fake_quant
+    work = _work(config, train.max_steps, train.learning_rate)
+    own_work = _work(config, asked.max_steps or train.max_steps, asked.learning_rate or train.learning_rate)
     yield Step("model", f"{source}, with the {config.model.backend} backend")
     yield Step("data", f"{config.data.train}, {config.data.eval_samples} held-out rows")
     cached = " (or an earlier run's scores: same model, data and settings)" if config.eval.baseline_cache else ""
@@ -140,9 +139,8 @@ def _steps(config: RunConfig, device: str) -> Iterator[Step]:
         "eval.control is false" if not config.eval.control else None if qat else "qat is null: it would be the same run"
     )
     yield Step("control", f"{work}, without QAT", no_control)
-    start = f" from {config.fake_quant.start} on" if config.fake_quant.start else ""
-    yield Step("prepare QAT", f"{qat}, adapter {config.fake_quant.placement}{start}", None if qat else "qat is null")
-    yield Step("fit", work)
+    yield Step("prepare QAT", f"{qat}, {_method(config)}", None if qat else "qat is null")
+    yield Step("fit", own_work if qat else work)
     yield Step(
         "merge", f"in {_merged_dtype(config, device)}", None if config.lora else "lora is null: nothing to merge"
     )
@@ -154,18 +152,37 @@ def _steps(config: RunConfig, device: str) -> Iterator[Step]:
     yield Step("report", "metrics.json, report.md, report.html")
 
 
+def _work(config: RunConfig, steps: int, learning_rate: float) -> str:
+    train = config.train
+    length = f"{steps} steps" if steps > 0 else f"{train.num_train_epochs:g} epoch(s)"
+    method = f"LoRA r={config.lora.r}" if config.lora else "full fine-tuning"
+    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    return f"{method}, {length} of {batch} rows, learning rate {learning_rate:g}"
+
+
+def _method(config: RunConfig) -> str:
+    """What `fake_quant` asks for, in words."""
+    asked = config.fake_quant
+    words = [f"adapter {asked.placement}"]
+    words += [f"from {asked.start} on"] if asked.start else []
+    words += ["on from the control's adapter"] if asked.initial == "control" else []
+    words += [f"{asked.ranges} ranges"] if asked.ranges != "minmax" else []
+    words += ["learned scales"] if asked.learned_scales else []
+    words += [f"{asked.distill:.0%} of the loss from teacher {asked.teacher}"] if asked.distill else []
+    return ", ".join(words)
+
+
 def _target(config: RunConfig) -> str:
-    if config.quantize.target:
-        return config.quantize.target
-    return " or ".join(find_scheme(config.scheme_name).targets) if config.scheme_name else ""
+    if not config.scheme_name:
+        return config.quantize.target or ""
+    return " or ".join(target.name for target in find_scheme(config.scheme_name).eligible(config.quantize.target))
 
 
 def _cannot_run(config: RunConfig, device: str) -> str | None:
     """Why no target can run here, as far as can be told without torch."""
     if config.scheme_name is None or device == "cuda":
         return None
-    targets = find_scheme(config.scheme_name).targets
-    chosen = [targets[config.quantize.target]] if config.quantize.target else list(targets.values())
+    chosen = find_scheme(config.scheme_name).eligible(config.quantize.target)
     if not all(target.needs for target in chosen):
         return None
     needs = ", ".join(need for target in chosen for need in target.needs)
@@ -184,7 +201,7 @@ def _memory(config: RunConfig, size: ModelSize, device: str) -> dict[str, int]:
     layer = 8 * size.hidden + 2 * sum(linear.outputs * linear.count for linear in size.linears) // size.layers
     checkpointing = config.train.gradient_checkpointing
     kept = size.layers * (size.hidden if checkpointing else layer) + layer + 4 * size.hidden
-    whole_logits = config.model.backend == "peft"
+    whole_logits = config.model.backend == "peft" or (config.qat and config.fake_quant.distill > 0)
     parts = {
         "weights": weights,
         "adapter, gradients, optimiser" if config.lora else "gradients, optimiser": state,
@@ -265,7 +282,7 @@ def _merged_dtype(config: RunConfig, device: str) -> str:
     if chosen != "auto":
         return chosen
     scheme = find_scheme(config.scheme_name) if config.scheme_name else None
-    wanted = {target.dtype for target in scheme.targets.values()} if scheme else set()
+    wanted = {target.dtype for target in scheme.eligible(config.quantize.target)} if scheme else set()
     fixed = next(iter(wanted)) if len(wanted) == 1 else None
     return fixed or ("bfloat16" if device == "cuda" else "float32")
 

@@ -66,7 +66,7 @@ class StageLog:
         self.events.emit(Event("stage_finished", {"stage": name, "seconds": seconds}))
         return result
 
-    def jobs(self, name: str, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def jobs(self, name: str, jobs: list[dict[str, Any]]) -> list[Any]:
         """The results of jobs that a fresh process does (see `quantize.worker`)."""
 
         def progress(job: str, done: int, total: int) -> None:

@@ -71,7 +71,7 @@ def test_an_adapter_trained_outside_is_never_said_to_ship_as_trained(finished: P
     ("options", "said"),
     [
         (["MERGED"], "say --scheme, one of int8-int4"),
-        (["MERGED", "--scheme", "int5"], "unknown scheme 'int5'; did you mean int4?"),
+        (["MERGED", "--scheme", "in4"], "unknown scheme 'in4'; did you mean int4?"),
         (
             ["MERGED", "--scheme", "int8-int4", "--target", "phone"],
             "phone is unknown for int8-int4; choose from cpu, cuda",

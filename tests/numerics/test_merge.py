@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from quantize.convert import load_plain
+from train.backends.peft import PeftBackend
 from train.config import LoraConfig, ModelConfig
 from train.fit import Learner
 from train.merge import write_merged
@@ -17,8 +18,6 @@ from train.models import resolve_model
 
 def _trained(folder: Path, lora: LoraConfig) -> Any:
     """A tiny model with adapters that are no longer zero."""
-    from train.backends.peft import PeftBackend
-
     backend = PeftBackend()
     model = backend.load(folder, _settings(), dtype="float32", max_length=64, full=False)
     model = backend.add_lora(model, lora, seed=0, gradient_checkpointing=False)
@@ -54,7 +53,11 @@ def test_merged_weights_give_the_same_logits(lora: LoraConfig, tmp_path: Path) -
         output = tmp_path / "merged"
         output.mkdir()
         write_merged(
-            Learner(model=model, prepared=None, dtype="float32"), source, output, dtype="float32", settings=_settings()
+            Learner(model=model, prepared=None, dtype="float32", backend=PeftBackend()),
+            source,
+            output,
+            dtype="float32",
+            settings=_settings(),
         )
         merged = load_plain(output, dtype="float32")(input_ids=ids).logits
     assert not torch.allclose(expected, untouched, atol=1e-2)
@@ -70,7 +73,11 @@ def test_weights_are_rounded_once_to_the_dtype_that_ships(tmp_path: Path) -> Non
     output = tmp_path / "merged"
     output.mkdir()
     write_merged(
-        Learner(model=model, prepared=None, dtype="float32"), source, output, dtype="bfloat16", settings=_settings()
+        Learner(model=model, prepared=None, dtype="float32", backend=PeftBackend()),
+        source,
+        output,
+        dtype="bfloat16",
+        settings=_settings(),
     )
     stored = load_file(output / "model.safetensors")
     layer = model.base_model.model.model.layers[0].mlp.down_proj

@@ -24,10 +24,13 @@ class Backend(Protocol):
     def add_lora(self, model: Any, lora: LoraConfig, *, seed: int, gradient_checkpointing: bool) -> Any:
         """The PEFT model with one LoRA adapter named "default"."""
 
-    def computing(self, fake_quantised: Collection[str], *, dtype: str) -> AbstractContextManager[None]:
+    def computing(
+        self, fake_quantised: Collection[str], *, dtype: str, logits: bool = False
+    ) -> AbstractContextManager[None]:
         """Held while the training graph is built and runs, whose weights are in `dtype`.
 
-        The backend leaves out what these fake-quantised layers do not allow, and autocast where `dtype` is float32.
+        The backend leaves out what these fake-quantised layers do not allow, and autocast where `dtype` is float32; it
+        gives logits in training where `logits` asks for them.
         """
 
 

@@ -54,6 +54,8 @@ class PeftBackend:
             model.enable_input_require_grads()
         return peft.get_peft_model(model, settings)
 
-    def computing(self, fake_quantised: Collection[str], *, dtype: str) -> AbstractContextManager[None]:
+    def computing(
+        self, fake_quantised: Collection[str], *, dtype: str, logits: bool = False
+    ) -> AbstractContextManager[None]:
         """See `Backend.computing`."""
         return nullcontext()

@@ -54,7 +54,7 @@ class UnslothBackend:
         )
 
     @contextmanager
-    def computing(self, fake_quantised: Collection[str], *, dtype: str) -> Iterator[None]:
+    def computing(self, fake_quantised: Collection[str], *, dtype: str, logits: bool = False) -> Iterator[None]:
         """See `Backend.computing`."""
         # Unsloth reads all three variables at each call.
         settings: dict[str, str] = {}
@@ -66,7 +66,7 @@ class UnslothBackend:
             # trip rounds to bf16 in between, which would train other numbers than those that ship. Without the region
             # its fused kernels run, and they call a fake-quantised projection as it is.
             settings["UNSLOTH_BLOCK_COMPILE"] = "0"
-        if "lm_head" in fake_quantised:
+        if logits or "lm_head" in fake_quantised:
             # The chunked loss multiplies by lm_head's weight and goes past its quantiser; with logits it is called.
             settings["UNSLOTH_RETURN_LOGITS"] = "1"
         before = {name: os.environ.get(name) for name in settings}

@@ -1,0 +1,79 @@
+"""The gate of a run: the function that was trained is the function that ships, within the bound of its target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize.schemes import Scheme, Target
+
+
+def check_gap(
+    gap: float, scheme: Scheme, target: Target, find_worst: Callable[[], Sequence[tuple[str, float]]]
+) -> None:
+    """Lets a run pass whose trained and shipped losses differ by no more than the target's bound.
+
+    Args:
+        gap: trained minus shipped, nats a token, both in the plain graph on the same batches.
+        find_worst: called only where the gap is too large; (layer, relative difference), the worst first.
+
+    Raises:
+        RuntimeError: the gap is larger, with the layers that differ most.
+    """
+    if abs(gap) <= target.max_gap_nats:
+        return
+    worst = find_worst()
+    where = "; ".join(f"{name}: {difference:.2%} of its output's norm" for name, difference in worst[:3])
+    raise RuntimeError(
+        f"the trained function and the shipped one differ by {gap:+.6f} nats a token, more than {target.max_gap_nats} "
+        f"for {scheme.name} on {target.name}: the run is not finished. On equal inputs these layers differ most: "
+        f"{where or 'none'}. Please report it"
+    )
+
+
+@torch.inference_mode()
+def layer_differences(
+    trained: nn.Module, shipped: nn.Module, layers: Sequence[str], inputs: Mapping[str, Any]
+) -> list[tuple[str, float]]:
+    """How far each real layer is from its simulation on the inputs that the simulation sees, the worst first.
+
+    Args:
+        trained: the simulation in the plain graph. shipped: the checkpoint reloaded from disk.
+        layers: names of the quantised layers. inputs: a batch, as the models' forward takes it.
+
+    Returns:
+        (layer, |real - simulated| / |simulated|), Euclidean norms over the batch.
+    """
+    seen: dict[str, Tensor] = {}
+    found: dict[str, float] = {}
+
+    def remember(name: str) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            seen[name] = arguments[0]
+
+        return hook
+
+    def compare(name: str) -> Any:
+        def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
+            layer: Any = shipped.get_submodule(name)
+            given = seen.pop(name)  # token ids, for an embedding
+            real = layer(given.to(layer.weight.dtype) if given.is_floating_point() else given)
+            scale = output.double().norm().clamp(min=1e-30)
+            found[name] = float((real.double() - output.double()).norm() / scale)
+
+        return hook
+
+    handles = []
+    for name in layers:
+        module = trained.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(remember(name), prepend=True))
+        handles.append(module.register_forward_hook(compare(name)))
+    try:
+        trained(**inputs, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sorted(found.items(), key=lambda item: -item[1])

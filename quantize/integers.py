@@ -1,0 +1,200 @@
+"""Integer formats: torchao's Intx and Int8, tinygemm's int4 and mslk's. See `quantize.numerics`."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from quantize.numerics import Numbers, Quantised, grouped_by, span_symmetric
+
+INT8_RANGE = (-128, 127)
+
+
+@torch.no_grad()
+def quantise_symmetric(
+    weight: Tensor, group_size: int | None, scale_dtype: torch.dtype, factor: Tensor | None = None, *, bits: int
+) -> Quantised:
+    """Symmetric signed integers with one scale per group of neighbouring inputs.
+
+    The scale is `max|w| / ((qmax - qmin) / 2)`, as in torchao's `IntxUnpackedToInt8Tensor` (`MappingType.SYMMETRIC`).
+
+    Args:
+        weight: (O, I) with I divisible by `group_size`. With a float32 weight and bf16 scales the integers are nearest
+            to the float32 weight under the scale as it ships.
+        group_size: inputs that share a scale; None gives one scale per output row.
+        scale_dtype: dtype of the scales.
+        factor: (O, G) multiplies the scale; below 1 the largest weights clip.
+        bits: width of the integer, 2 to 8.
+    """
+    low, high = symmetric_range(bits)
+    grouped = grouped_by(weight, group_size)  # (O, G, group_size)
+    negative = torch.clamp(grouped.amin(dim=-1, keepdim=True), max=0)
+    positive = torch.clamp(grouped.amax(dim=-1, keepdim=True), min=0)
+    scale = torch.maximum(-negative, positive) / (float(high - low) / 2)
+    if factor is not None:
+        scale = scale * factor.to(scale.dtype).unsqueeze(-1)
+    scale = torch.clamp(scale, min=torch.finfo(scale_dtype).smallest_normal).to(scale_dtype)
+    values = torch.clamp(torch.round(grouped * (1.0 / scale.to(weight.dtype))), low, high)
+    return Quantised(values.reshape(weight.shape), scale.squeeze(-1))
+
+
+@torch.no_grad()
+def restore_symmetric(quantised: Quantised, dtype: torch.dtype) -> Tensor:
+    """Integers times scale, as torchao's `dequantize_affine` computes it in `dtype`."""
+    values = quantised.values.to(dtype)
+    grouped = values.reshape(*values.shape[:-1], quantised.scale.shape[-1], -1)
+    return (grouped * quantised.scale.unsqueeze(-1)).to(dtype).reshape(values.shape)
+
+
+def symmetric_range(bits: int) -> tuple[int, int]:
+    """Smallest and largest signed integer of that width."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+@torch.no_grad()
+def int8_asymmetric_per_token(activation: Tensor) -> Tensor:
+    """Asymmetric int8 with one scale and zero point per token, chosen from that token (dynamic quantisation).
+
+    Args:
+        activation: (..., I).
+    """
+    low, high = INT8_RANGE
+    negative = torch.clamp(activation.amin(dim=-1, keepdim=True), max=0)
+    positive = torch.clamp(activation.amax(dim=-1, keepdim=True), min=0)
+    scale = (positive - negative) / float(high - low)
+    scale = torch.clamp(scale, min=torch.finfo(activation.dtype).smallest_normal)
+    zero_point = torch.clamp(low - torch.round(negative / scale), low, high).to(torch.int8)
+    scale = scale.to(activation.dtype)
+    quantised = torch.clamp(torch.round(activation * (1.0 / scale)) + zero_point, low, high)
+    return ((quantised - zero_point) * scale).to(activation.dtype)
+
+
+@torch.no_grad()
+def quantise_int8_rows(
+    weight: Tensor, group_size: int | None, scale_dtype: torch.dtype, factor: Tensor | None = None
+) -> Quantised:
+    """Symmetric int8 per output row with float32 scales, as torchao's `Int8Tensor` has them.
+
+    Args:
+        weight: (O, I). group_size: not read: one scale a row. scale_dtype: not read: float32 in every checkpoint.
+        factor: (O, 1) multiplies the scale.
+    """
+    low, high = INT8_RANGE
+    negative = torch.clamp(weight.amin(dim=-1, keepdim=True), max=0)
+    positive = torch.clamp(weight.amax(dim=-1, keepdim=True), min=0)
+    scale = torch.maximum(-negative, positive) / (float(high - low) / 2)
+    if factor is not None:
+        scale = scale * factor.to(scale.dtype)
+    scale = torch.clamp(scale, min=torch.finfo(torch.float32).eps).to(torch.float32)
+    return Quantised(torch.clamp(torch.round(weight * (1.0 / scale)), low, high), scale)
+
+
+@torch.no_grad()
+def linear_int8_rows(inputs: Tensor, weight: Quantised, bias: Tensor | None) -> Tensor:
+    """The product of `Int8Tensor`: integers as they are, the row's scale after the sum, both rounded to the dtype."""
+    rows = inputs.reshape(-1, inputs.shape[-1]) @ weight.values.to(inputs.dtype).t()
+    rows = (rows * weight.scale.to(inputs.dtype).flatten()).reshape(*inputs.shape[:-1], -1)
+    return rows if bias is None else rows + bias
+
+
+# ---------------------------------------------------------------------- tinygemm's int4
+
+
+@torch.no_grad()
+def quantise_tinygemm(
+    weight: Tensor, group_size: int | None, scale_dtype: torch.dtype, factor: Tensor | None = None
+) -> Quantised:
+    """Asymmetric uint4 per group with a floating zero point, as `aten._weight_int4pack_mm` (tinygemm) reads it.
+
+    Scale and zero point are bf16: `scale = (max - min) / 15`, `zero = min + 8 * scale`, `w = (q - 8) * scale + zero`.
+    The kernel pads I to a multiple of 1024 with zeros; a group size that divides I keeps whole groups apart from it.
+
+    Args:
+        weight: (O, I) with I divisible by `group_size`. bf16 is computed in bf16, as torchao does; float32 chooses the
+            integers nearest to the float32 weight under the scale and zero point as they ship.
+        group_size: inputs that share a scale: 32, 64, 128 or 256.
+        scale_dtype: not read: the kernel takes bf16.
+        factor: (O, G) shrinks the range around its middle.
+    """
+    shipped = torch.bfloat16
+    grouped = grouped_by(weight if weight.dtype == torch.float32 else weight.to(shipped), group_size)
+    low = grouped.amin(dim=-1, keepdim=True)
+    high = grouped.amax(dim=-1, keepdim=True)
+    if factor is not None:
+        middle, half = (high + low) / 2, (high - low) / 2 * factor.to(low.dtype).unsqueeze(-1)
+        low, high = middle - half, middle + half
+    scale = torch.clamp((high - low) / 15.0, min=torch.finfo(shipped).smallest_normal).to(shipped)
+    zero = (low + scale.to(low.dtype) * 8).to(shipped)
+    exact_scale, exact_zero = scale.to(grouped.dtype), zero.to(grouped.dtype)
+    smallest = exact_zero - exact_scale * 8
+    values = ((grouped - smallest) / exact_scale).round().clamp(0, 15)
+    return Quantised(values.reshape(weight.shape), scale.squeeze(-1), zero.squeeze(-1))
+
+
+@torch.no_grad()
+def restore_tinygemm(quantised: Quantised, dtype: torch.dtype) -> Tensor:
+    """One fused multiply-add in fp32, rounded once to bf16: what the kernel's dequantisation does in registers."""
+    assert quantised.zero is not None
+    values = quantised.values.float()
+    grouped = values.reshape(*values.shape[:-1], quantised.scale.shape[-1], -1)
+    restored = (grouped - 8) * quantised.scale.float().unsqueeze(-1) + quantised.zero.float().unsqueeze(-1)
+    return restored.to(torch.bfloat16).to(dtype).reshape(values.shape)
+
+
+@torch.no_grad()
+def quantise_int4_mslk(
+    weight: Tensor, group_size: int | None, scale_dtype: torch.dtype, factor: Tensor | None = None
+) -> Quantised:
+    """Asymmetric int4 per group as mslk's `int4_row_quantize_zp`: the integers see the scale before bf16 rounds it.
+
+    Args:
+        weight: (O, I). scale_dtype: not read: the kernel takes bf16. factor: (O, G) shrinks the range around its
+            middle.
+
+    Returns:
+        values from 0 to 15, where the kernel's are from -8 to 7.
+    """
+    grouped = grouped_by(weight.float(), group_size)
+    low, high = grouped.amin(dim=-1, keepdim=True), grouped.amax(dim=-1, keepdim=True)
+    if factor is not None:
+        middle, half = (high + low) / 2, (high - low) / 2 * factor.float().unsqueeze(-1)
+        low, high = middle - half, middle + half
+    scale = torch.clamp(high - low, min=1e-6) / 15
+    zero = low + scale * 8
+    values = ((grouped - low) / scale).round().clamp(0, 15)
+    return Quantised(values.reshape(weight.shape), scale.squeeze(-1).bfloat16(), zero.squeeze(-1).bfloat16())
+
+
+def span_tinygemm(quantised: Quantised) -> tuple[Tensor, Tensor, Tensor]:
+    """The range of tinygemm's 16 values, half a step beyond the first and the last."""
+    assert quantised.zero is not None
+    scale, zero = quantised.scale.float(), quantised.zero.float()
+    return zero - 8.5 * scale, zero - 0.5 * scale, zero + 7.5 * scale
+
+
+# ---------------------------------------------------------------------- the formats
+
+
+def symmetric(bits: int, *, int8_activations: bool = False) -> Numbers:
+    """Integers of `bits` with a scale per group (torchao's Intx formats), on 16-bit or int8 activations."""
+    low, high = symmetric_range(bits)
+    return Numbers(
+        quantise=partial(quantise_symmetric, bits=bits),
+        restore=restore_symmetric,
+        span=partial(span_symmetric, low=low - 0.5, high=high + 0.5),
+        activation=int8_asymmetric_per_token if int8_activations else None,
+    )
+
+
+INT8_INT4 = symmetric(4, int8_activations=True)
+INT2, INT3, INT4, INT8 = (symmetric(bits) for bits in (2, 3, 4, 8))
+INT8_ROWS = Numbers(
+    quantise=quantise_int8_rows,
+    restore=restore_symmetric,
+    span=partial(span_symmetric, low=-128.5, high=127.5),
+    linear=linear_int8_rows,
+)
+TINYGEMM = Numbers(quantise=quantise_tinygemm, restore=restore_tinygemm, span=span_tinygemm, bias_after=True)
+INT4_MSLK = Numbers(quantise=quantise_int4_mslk, restore=restore_tinygemm, span=span_tinygemm, bias_after=True)

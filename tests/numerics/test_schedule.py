@@ -1,0 +1,211 @@
+"""When fake quantisation starts, whom it follows, and that a stop at any step changes nothing of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fitting import fit_config, fitted, never_started_is_never_inserted
+from tiny_models import IDS, gradients, logits_of, tiny_model, with_lora
+
+from qat.distill import Teacher, adapter_weights, answer_divergence
+from qat.prepare import prepare_qat
+from qat.schedule import Schedule
+from train.fit import save_adapter
+
+
+@pytest.mark.parametrize(
+    ("start", "steps", "first"),
+    [
+        (0, 10, 0),
+        (3, 10, 3),
+        (0.5, 10, 5),
+        (0.25, 10, 3),
+        (0.99, 10, 9),
+        (0.07, 100, 7),
+        (0.56, 100, 56),
+        (12, 10, None),
+    ],
+)
+def test_a_start_is_a_step_or_a_share_of_all(start: float, steps: int, first: int | None, tmp_path: Path) -> None:
+    prepared = prepare_qat(with_lora(tiny_model()), "int3", enabled=start == 0)
+    schedule = Schedule(None, prepared, start=start, folder=tmp_path)
+    found = []
+    for step in range(steps + 1):
+        schedule.before_step(step, steps)
+        found.append(prepared.enabled)
+    assert found == [first is not None and step >= first for step in range(steps + 1)]
+
+
+def test_a_switch_is_told_once(tmp_path: Path) -> None:
+    prepared = prepare_qat(with_lora(tiny_model()), "int3", enabled=False)
+    schedule = Schedule(None, prepared, start=2, folder=tmp_path)
+    assert [schedule.before_step(step, 5) for step in range(5)] == [False, False, True, False, False]
+
+
+# ---------------------------------------------------------------------- training
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fits")
+
+
+def test_qat_that_never_starts_is_qat_that_was_never_inserted(home: Path) -> None:
+    never_started_is_never_inserted("peft", home)
+
+
+@pytest.mark.slow
+def test_so_it_is_with_unsloth(home: Path) -> None:
+    tests = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "fitting", "unsloth", str(home)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, cwd=home)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+
+
+def test_until_the_start_it_trains_in_16_bit(home: Path) -> None:
+    plain = fitted(fit_config(), home / "plain", qat=False)
+    delayed = fitted(fit_config(start=3), home / "step")
+    assert delayed.losses[:3] == plain.losses[:3] and delayed.losses[3] != plain.losses[3]
+    share = fitted(fit_config(start=0.5), home / "share")
+    assert share.losses == delayed.losses and _equal(share.adapter, delayed.adapter)
+
+
+SWITCHES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "mse and learned": {"ranges": "mse", "learned_scales": True},
+    "everything": {"ranges": "mse", "learned_scales": True, "distill": 0.5},
+}
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(switches: str, home: Path) -> None:
+    config = fit_config(start=3, **SWITCHES[switches])
+    whole = fitted(config, home / f"whole {switches}")
+    assert whole.finished
+    for stop_after in (2, 3, 4):  # within the delay, at the switch, after it
+        folder = home / f"stopped {switches} {stop_after}"
+        assert not fitted(config, folder, stop_after=stop_after).finished
+        resumed = fitted(config, folder)
+        assert resumed.finished and resumed.losses == whole.losses[stop_after:]
+        assert _equal(resumed.adapter, whole.adapter), f"stopped after {stop_after}"
+
+
+def test_ranges_are_chosen_of_the_weights_at_the_start(home: Path) -> None:
+    delayed = fitted(fit_config(start=5, ranges="mse", lora={"lora_alpha": 64}), home / "late mse", stop_after=5)
+    at_start = _factors_of(delayed, "mse")
+    begun = fitted(fit_config(start=5, ranges="mse", lora={"lora_alpha": 64}), home / "late mse")
+    assert _equal({name: factor.detach() for name, factor in begun.learner.prepared.factors.items()}, at_start)
+    at_once = fitted(fit_config(ranges="mse", lora={"lora_alpha": 64}), home / "early mse")
+    assert not _equal(at_once.learner.prepared.factors, at_start), "the case is meant to tell them apart"
+
+
+def test_learned_ranges_move(home: Path) -> None:
+    run = fitted(fit_config(learned_scales=True, scale_learning_rate=1e-2), home / "learned")
+    factors = run.learner.prepared.factors
+    assert factors.keys() == set(run.learner.prepared.coverage.layers)
+    assert all((factor != 1).any() for factor in factors.values())
+
+
+def test_it_goes_on_from_the_finished_16_bit_adapter(home: Path) -> None:
+    control = fitted(fit_config(), home / "control", qat=False)
+    save_adapter(control.learner, home / "control adapter")
+    config = fit_config(start=99, initial="control")  # never started: nothing but the adapter is at work
+    more = fitted(config, home / "more", adapter=home / "control adapter")
+    assert more.losses[0] < control.losses[0]
+    config = fit_config(initial="control", distill=0.5, teacher="control")
+    run = fitted(config, home / "follows", adapter=home / "control adapter", teacher=home / "control adapter")
+    assert run.finished and not _equal(run.adapter, control.adapter)
+
+
+def _factors_of(run: Any, ranges: str) -> dict[str, Any]:
+    """The factors that are chosen of the weights that the run has now."""
+    run.learner.prepared.switch_off()
+    fresh = prepare_qat(run.learner.model, "int3", group_size=32, ranges=ranges, dtype=torch.float32)
+    found = {name: factor.detach().clone() for name, factor in fresh.factors.items()}
+    fresh.switch_off()
+    return found
+
+
+def _equal(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# ---------------------------------------------------------------------- distillation
+
+
+@pytest.mark.parametrize("count", [None, 7, torch.tensor(40)])
+def test_divergence_is_kl_on_the_answers(count: Any) -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(3, 9, 11, requires_grad=True), torch.randn(3, 9, 11) * 2
+    labels = torch.randint(0, 11, (3, 9))
+    labels[:, :4], labels[1] = -100, -100
+    twin = student.detach().clone().requires_grad_()
+    value = answer_divergence(student, teacher, labels, count)
+    value.backward()
+    expected, answers = torch.zeros(()), 0
+    for row in range(3):
+        for position in range(8):  # position t predicts token t + 1
+            if labels[row, position + 1] != -100:
+                p, q = teacher[row, position].softmax(0), twin[row, position].softmax(0)
+                expected, answers = expected + (p * (p.log() - q.log())).sum(), answers + 1
+    expected = expected / (answers if count is None else count)
+    expected.backward()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(student.grad, twin.grad, rtol=1e-4, atol=1e-7)
+    assert answer_divergence(student, student.detach(), labels, None).abs() < 1e-6
+
+
+@pytest.mark.parametrize("whom", ["start", "control", "base"])
+def test_the_teacher_is_the_16_bit_model_and_leaves_the_student_alone(whom: str, tmp_path: Path) -> None:
+    model = with_lora(tiny_model(), lora_dropout=0.3)
+    adapter = None
+    if whom == "start":
+        wanted = logits_of(model)
+    elif whom == "control":
+        other = with_lora(tiny_model(), seed=9)
+        wanted, adapter = logits_of(other), adapter_weights(other)
+    else:
+        wanted, adapter = logits_of(tiny_model()), {}
+    prepared = prepare_qat(model, "int3", learned_scales=True)
+    schedule = Schedule(model, prepared, start=0, distill=0.5, adapter=adapter, folder=tmp_path)
+    schedule.before_step(0, 10)
+    assert schedule.teacher is not None
+    with torch.no_grad():  # the student goes on
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    before, grads = logits_of(model), gradients(model)
+    pointers = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    model.train()
+    labels = IDS.clone()
+    given = schedule.teacher.logits({"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": labels})
+    assert model.training and not given.requires_grad
+    model.eval()
+    torch.testing.assert_close(given, wanted, rtol=1e-5, atol=1e-5)
+    assert prepared.enabled and torch.equal(before, logits_of(model))
+    assert pointers == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    after = gradients(model)
+    assert grads.keys() == after.keys() and all(torch.equal(grads[name], after[name]) for name in grads)
+
+
+def test_a_teacher_that_fails_gives_the_student_back() -> None:
+    model = with_lora(tiny_model()).train()
+    prepared = prepare_qat(model, "int3")
+    before = adapter_weights(model)
+
+    def fail(module: Any, arguments: Any) -> None:
+        raise MemoryError
+
+    handle = model.base_model.model.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        Teacher(model, prepared, {}).logits({"input_ids": IDS})
+    handle.remove()
+    assert prepared.enabled and model.training
+    assert all(torch.equal(weight, before[name]) for name, weight in adapter_weights(model).items())

@@ -1,0 +1,113 @@
+"""TRL's trainer as a run uses it: the loss, distillation, the ranges' optimiser, and the arguments."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qat.distill import answer_divergence
+from quantize.errors import UserError
+from train.collators import Collator, PackedCollator, pack, with_labels
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qat.schedule import Schedule
+    from train.config import RunConfig
+    from train.fit import Learner
+
+
+def build_trainer(
+    learner: Learner, config: RunConfig, tokenizer: Any, dataset: Any, folder: Path, schedule: Schedule | None
+) -> Any:
+    """TRL's trainer over the rows, packed where asked for, whose loss must be finite."""
+    import transformers
+    from trl import SFTTrainer
+
+    class Trainer(SFTTrainer):  # defined here: the backend must have patched trl
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            # TRL's own loss needs triton; transformers' is the same function and runs everywhere. It also lets
+            # the backend's fused cross entropy work, which sits in the model's forward.
+            rows = inputs.pop("rows")
+            if schedule is not None and schedule.teacher is not None:
+                loss = result = self.distilled_loss(model, inputs, schedule.teacher.logits(inputs), **kwargs)
+            else:
+                result = transformers.Trainer.compute_loss(self, model, inputs, *args, **kwargs)
+                loss = result[0] if isinstance(result, tuple) else result
+            if not math.isfinite(loss.item()):
+                raise UserError(
+                    f"the loss is {loss.item()} at step {self.state.global_step + 1}, on the data rows "
+                    f"{rows.tolist()}; lower train.learning_rate, set train.max_grad_norm, or look at those rows"
+                )
+            return result
+
+        def distilled_loss(self, model: Any, inputs: dict[str, Any], expected: Tensor, **kwargs: Any) -> Any:
+            share, count = config.fake_quant.distill, kwargs.get("num_items_in_batch")
+            labels = inputs["labels"]  # label smoothing takes them out
+            loss, output = transformers.Trainer.compute_loss(
+                self, model, inputs, return_outputs=True, num_items_in_batch=count
+            )
+            divergence = answer_divergence(output.logits, expected, labels, count)
+            return (1 - share) * loss + share * divergence
+
+        def create_optimizer(self, model: Any = None) -> Any:
+            optimizer = super().create_optimizer(model)
+            learned = [] if learner.prepared is None else list(learner.prepared.factors.values())
+            if learned and learned[0].requires_grad and not any(learned[0] is p for p in _parameters(optimizer)):
+                rate = config.fake_quant.scale_learning_rate
+                optimizer.add_param_group({"params": learned, "lr": rate, "weight_decay": 0.0})
+            return optimizer
+
+    rows = with_labels(dataset)
+    collator: Collator | PackedCollator = Collator(tokenizer.pad_token_id)
+    if config.data.packing:
+        rows = pack(rows, config.train.max_length)
+        collator = PackedCollator(name_lengths=config.model.backend == "unsloth")
+    trainer = Trainer(
+        model=learner.model,
+        args=trainer_arguments(config, folder, bf16=learner.autocasts),
+        train_dataset=rows,
+        data_collator=collator,
+        processing_class=tokenizer,
+    )
+    # The backend may have changed the arguments under way.
+    if trainer.args.bf16 != learner.autocasts:
+        raise UserError(
+            f"{config.model.backend} would train with bf16={trainer.args.bf16}, where model.dtype={learner.dtype} asks "
+            f"for bf16={learner.autocasts}; set model.backend=peft or another model.dtype"
+        )
+    return trainer
+
+
+def trainer_arguments(config: RunConfig, folder: Path, *, bf16: bool) -> Any:
+    """TRL's SFTConfig for this run; `bf16` asks for autocast."""
+    import torch
+    from trl import SFTConfig
+
+    settings = config.train.model_dump(exclude={"extra"})
+    cuda = torch.cuda.is_available()
+    gradient_checkpointing = settings.pop("gradient_checkpointing")
+    settings |= {
+        "output_dir": str(folder),
+        "seed": config.run.seed,
+        "data_seed": config.run.seed,
+        "bf16": bf16,
+        "use_cpu": not cuda,
+        # The backend turns it on where the model is loaded: unsloth has its own.
+        "gradient_checkpointing": gradient_checkpointing and config.model.backend == "unsloth" and cuda,
+        "remove_unused_columns": False,
+        "save_strategy": "steps",
+        "save_total_limit": 2,
+        "save_only_model": False,
+        "packing": False,  # the rows come packed
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "disable_tqdm": True,
+        "dataloader_pin_memory": cuda,
+        "max_length": None,  # truncated when the data was prepared
+    }
+    return SFTConfig(**{**settings, **config.train.extra})
+
+
+def _parameters(optimizer: Any) -> list[Any]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
