@@ -15,6 +15,16 @@ from qat.prepare import Prepared
 _FACTORS, _TEACHER = "range_factors.safetensors", "teacher.safetensors"
 
 
+def first_step(start: float, steps: int) -> float:
+    """How many of `steps` pass before fake quantisation is switched on, for a start as a step or as a share.
+
+    A share always leaves a step with it on.
+    """
+    if not 0 < start < 1:
+        return start
+    return min(math.ceil(start * steps - 1e-9), steps - 1)  # 0.07 * 100 is a little above 7
+
+
 class Schedule:
     """Switches fake quantisation on at its step and keeps the teacher.
 
@@ -41,9 +51,7 @@ class Schedule:
 
     def before_step(self, step: int, steps: int) -> bool:
         """Prepares for the step that follows `step` finished ones, of `steps`. True when something was switched."""
-        first = self.start
-        if 0 < self.start < 1:  # a share always leaves a step with it on; 1e-9 takes back what 0.07 * 100 is above 7
-            first = min(math.ceil(self.start * steps - 1e-9), steps - 1)
+        first = first_step(self.start, steps)
         was_enabled = self.prepared.enabled
         if step < first:
             self.prepared.switch_off()

@@ -41,12 +41,18 @@ class QatPlan:
 
 @dataclass(kw_only=True)
 class Learner:
-    """A model in training form, with or without fake quantisation; `dtype` is that of its weights ("bfloat16")."""
+    """A model in training form, with or without fake quantisation.
+
+    Attributes:
+        dtype: that of its weights ("bfloat16").
+        steps: optimiser steps of the whole fine-tuning, once `fit` has run.
+    """
 
     model: Any
     prepared: Prepared | None
     dtype: str
     backend: Backend
+    steps: int = 0
 
     @property
     def autocasts(self) -> bool:
@@ -187,6 +193,7 @@ def fit(
         trainer.remove_callback(transformers.ProgressCallback)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train(resume_from_checkpoint=last)
+    learner.steps = trainer.state.max_steps
     if learner.prepared is not None:
         learner.prepared.switch_on()
     return not callback.stopped

@@ -211,6 +211,7 @@ class Stages:
         plan: QatPlan | None,
         control: Tuned | None = None,
     ) -> Tuned:
+        from qat.schedule import first_step
         from train.fit import backend_loss, build_learner, fit, save_adapter
         from train.merge import write_merged
 
@@ -244,9 +245,9 @@ class Stages:
                 self.stop.graceful = False
             if not done:
                 raise self.stop.stopped()
-            if learner.prepared is not None and learner.prepared.silent():
+            if plan is not None and first_step(asked.start, learner.steps) >= learner.steps:
                 raise UserError(
-                    f"fake_quant.start={asked.start} was never reached: the fine-tuning had fewer steps; lower it"
+                    f"fake_quant.start={asked.start} was never reached: the fine-tuning has {learner.steps} steps"
                 )
             with self.directory.commit_folder(str((home / "adapter").relative_to(self.directory.path))) as folder:
                 save_adapter(learner, folder)
@@ -259,6 +260,8 @@ class Stages:
                 config, backend, model.folder, plan, dtype=self.dtype, adapter=home / "adapter"
             )
             loss = None
+            if ready.prepared is not None:
+                ready.prepared.switch_on()  # a delayed start leaves it off, where a resumed run loads the finished fit
             if arm == "tuned":
                 loss = backend_loss(ready, read_samples(self._eval_data), config.eval.batch_size)
             if ready.prepared is not None and asked.placement == "inside":
