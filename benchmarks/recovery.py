@@ -357,17 +357,10 @@ class Study:
         return row | {"gap": trained - row["loss"]}
 
     def _settings(self, seed: int, fake_quant: dict[str, Any]) -> Any:
-        config = self.config
-        asked = config.fake_quant.model_copy(update=fake_quant)
-        train = {"max_steps": asked.max_steps, "learning_rate": asked.learning_rate}
-        train = {name: value for name, value in train.items() if value is not None}
-        return config.model_copy(
-            update={
-                "fake_quant": asked,
-                "train": config.train.model_copy(update=train),
-                "run": config.run.model_copy(update={"seed": seed}),
-            }
-        )
+        """The config of one training."""
+        asked = self.config.fake_quant.model_copy(update=fake_quant)
+        run = self.config.run.model_copy(update={"seed": seed})
+        return self.config.model_copy(update={"fake_quant": asked, "run": run}).for_qat()
 
     def _format(self, name: str) -> Any:
         from quantize.hardware import pick_target

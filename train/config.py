@@ -224,6 +224,12 @@ class RunConfig(Section):
         """The scheme that ships: `quantize.scheme`, else `qat`; None = nothing is quantised."""
         return self.quantize.scheme or self.qat
 
+    def for_qat(self) -> RunConfig:
+        """This run's own fine-tuning: with the steps and the learning rate that `fake_quant` asks for."""
+        asked = {"max_steps": self.fake_quant.max_steps, "learning_rate": self.fake_quant.learning_rate}
+        update = {name: value for name, value in asked.items() if value is not None}
+        return self.model_copy(update={"train": self.train.model_copy(update=update)})
+
 
 def resolved_dict(config: RunConfig) -> dict[str, Any]:
     """Every value, JSON-ready: what config.resolved.json holds, and `load_config` reads back to an equal config."""

@@ -194,7 +194,7 @@ def _random(config: RunConfig) -> Iterator[Problem]:
 
 def _steps(config: RunConfig) -> Iterator[Problem]:
     start, steps, warmup = config.fake_quant.start, config.train.max_steps, config.train.warmup_steps
-    qat_steps = config.fake_quant.max_steps or steps
+    qat_steps = config.for_qat().train.max_steps
     if steps == 0:
         text = "train.max_steps=0 trains nothing; use -1 for whole epochs, or `quantize convert MODEL` to quantise only"
         yield Problem(("train.max_steps",), text)

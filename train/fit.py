@@ -194,7 +194,7 @@ def fit(
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train(resume_from_checkpoint=last)
     learner.steps = trainer.state.max_steps
-    if learner.prepared is not None:
+    if learner.prepared is not None and not callback.stopped:
         learner.prepared.switch_on()
     return not callback.stopped
 

@@ -126,11 +126,9 @@ def _mib(count: int) -> str:
 
 
 def _steps(config: RunConfig, device: str) -> Iterator[Step]:
-    train, scheme, qat = config.train, config.scheme_name, config.qat
+    scheme, qat = config.scheme_name, config.qat
     source = f"random {config.model.architecture} ({config.model.random})" if config.model.random else config.model.id
-    asked = config.fake_quant
-    work = _work(config, train.max_steps, train.learning_rate)
-    own_work = _work(config, asked.max_steps or train.max_steps, asked.learning_rate or train.learning_rate)
+    work = _work(config)
     yield Step("model", f"{source}, with the {config.model.backend} backend")
     yield Step("data", f"{config.data.train}, {config.data.eval_samples} held-out rows")
     cached = " (or an earlier run's scores: same model, data and settings)" if config.eval.baseline_cache else ""
@@ -140,7 +138,7 @@ def _steps(config: RunConfig, device: str) -> Iterator[Step]:
     )
     yield Step("control", f"{work}, without QAT", no_control)
     yield Step("prepare QAT", f"{qat}, {_method(config)}", None if qat else "qat is null")
-    yield Step("fit", own_work if qat else work)
+    yield Step("fit", _work(config.for_qat()) if qat else work)
     yield Step(
         "merge", f"in {_merged_dtype(config, device)}", None if config.lora else "lora is null: nothing to merge"
     )
@@ -152,12 +150,12 @@ def _steps(config: RunConfig, device: str) -> Iterator[Step]:
     yield Step("report", "metrics.json, report.md, report.html")
 
 
-def _work(config: RunConfig, steps: int, learning_rate: float) -> str:
+def _work(config: RunConfig) -> str:
     train = config.train
-    length = f"{steps} steps" if steps > 0 else f"{train.num_train_epochs:g} epoch(s)"
+    length = f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epoch(s)"
     method = f"LoRA r={config.lora.r}" if config.lora else "full fine-tuning"
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    return f"{method}, {length} of {batch} rows, learning rate {learning_rate:g}"
+    return f"{method}, {length} of {batch} rows, learning rate {train.learning_rate:g}"
 
 
 def _method(config: RunConfig) -> str:

@@ -215,7 +215,7 @@ class Stages:
         from train.fit import backend_loss, build_learner, fit, save_adapter
         from train.merge import write_merged
 
-        config, home = _with_qat_settings(self.config, plan), self._home(arm)
+        config, home = self.config.for_qat() if plan else self.config, self._home(arm)
         asked, control_adapter = config.fake_quant, self._home("control") / "adapter"
         training = [config.lora and config.lora.model_dump(), config.train.model_dump(), config.data.packing]
         key = fingerprint_of(self.model_key, self.data_key, training, config.run.seed, self.dtype, self.merged_dtype)
@@ -439,15 +439,6 @@ class Stages:
 
     def _format_key(self) -> Any:
         return None if self.format is None else self.format.job()
-
-
-def _with_qat_settings(config: RunConfig, plan: QatPlan | None) -> RunConfig:
-    """The config of one fine-tuning: with QAT, `fake_quant` may ask for another rate and number of steps."""
-    if plan is None:
-        return config
-    asked = {"max_steps": config.fake_quant.max_steps, "learning_rate": config.fake_quant.learning_rate}
-    update = {name: value for name, value in asked.items() if value is not None}
-    return config.model_copy(update={"train": config.train.model_copy(update=update)})
 
 
 def _drop_others(checkpoints: Path, key: str) -> None:
