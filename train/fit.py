@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _LEAST_FACTOR = 0.05
 """Of a learned range: below it a group would all but vanish, and its gradient with it."""
+_COMPLETE = "complete"
+"""The last file of a checkpoint, after the trainer's own and the ranges' factors."""
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 
@@ -180,23 +183,32 @@ def fit(
         UserError: the loss is NaN or infinite.
     """
     import transformers
-    from transformers.trainer_utils import get_last_checkpoint
 
     schedule = _schedule(learner, config, folder, teacher)
     trainer = build_trainer(learner, config, tokenizer, dataset, folder, schedule)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last = last_checkpoint(folder)
     if last is not None:
-        load_factors(learner.prepared, Path(last))
+        load_factors(learner.prepared, last)
     with ExitStack() as contexts:
         callback = _callback(learner, schedule, contexts, on_step, should_stop)
         trainer.add_callback(callback)
         trainer.remove_callback(transformers.ProgressCallback)
         trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     learner.steps = trainer.state.max_steps
     if learner.prepared is not None and not callback.stopped:
         learner.prepared.switch_on()
     return not callback.stopped
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of `folder` that was written to its end; newer ones, cut short by a kill, are removed."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
+        if (path / _COMPLETE).is_file():
+            return path
+        shutil.rmtree(path)
+    return None
 
 
 def _schedule(learner: Learner, config: RunConfig, folder: Path, teacher: Path | None) -> Schedule | None:
@@ -245,7 +257,9 @@ def _callback(
                 self.stopped = control.should_save = control.should_training_stop = True
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            save_factors(learner.prepared, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            save_factors(learner.prepared, checkpoint)
+            (checkpoint / _COMPLETE).touch()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             numbers = {name: float(value) for name, value in (logs or {}).items() if _is_number(value)}

@@ -106,7 +106,11 @@ def trainer_arguments(config: RunConfig, folder: Path, *, bf16: bool) -> Any:
         "dataloader_pin_memory": cuda,
         "max_length": None,  # truncated when the data was prepared
     }
-    return SFTConfig(**{**settings, **config.train.extra})
+    arguments = SFTConfig(**{**settings, **config.train.extra})
+    # A process trains on one GPU. With several in sight the trainer would copy the model to each (DataParallel), where
+    # fake quantisation is not: its forwards are bound to the layers of this one.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _parameters(optimizer: Any) -> list[Any]:

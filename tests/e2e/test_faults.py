@@ -40,6 +40,9 @@ def test_a_run_killed_while_it_trains_resumes_to_the_same_metrics(finished: Path
     process.communicate(timeout=60)
     assert not (runs.root / "killed" / "metrics.json").exists()
     assert (runs.root / "killed" / "checkpoints" / "checkpoint-4").is_dir()
+    cut_short = runs.root / "killed" / "checkpoints" / "checkpoint-6"  # as a kill between two of its files leaves it
+    cut_short.mkdir()
+    (cut_short / "trainer_state.json").write_text('{"global_step": 6')
     done = runs.train("--resume", "killed")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "fit-control: already done" in done.stdout

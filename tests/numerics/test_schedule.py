@@ -97,6 +97,18 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(switches: str, hom
         assert _equal(resumed.adapter, whole.adapter), f"stopped after {stop_after}"
 
 
+def test_a_checkpoint_that_was_cut_short_is_passed_over(home: Path) -> None:
+    config = fit_config(ranges="mse", learned_scales=True)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"save_steps": 2})})
+    whole = fitted(config, home / "whole, saved")
+    folder = home / "cut short"
+    assert not fitted(config, folder, stop_after=4).finished
+    for name in ("range_factors.safetensors", "complete"):  # killed before they were written
+        (folder / "checkpoint-4" / name).unlink()
+    resumed = fitted(config, folder)
+    assert resumed.losses == whole.losses[2:] and _equal(resumed.adapter, whole.adapter)
+
+
 def test_ranges_are_chosen_of_the_weights_at_the_start(home: Path) -> None:
     delayed = fitted(fit_config(start=5, ranges="mse", lora={"lora_alpha": 64}), home / "late mse", stop_after=5)
     at_start = _factors_of(delayed, "mse")
