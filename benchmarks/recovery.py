@@ -1,8 +1,11 @@
 """How much of the loss that quantisation costs does QAT win back, and with which switches: a line a training.
 
-    python benchmarks/recovery.py --out docs/recovery.jsonl --arm control --seed 0 1 2
+    python benchmarks/recovery.py --out docs/recovery.jsonl --arm control --seed 0 1 2 --rate 1e-3 2e-3
     python benchmarks/recovery.py --out docs/recovery.jsonl --scheme int8-int4 int3 --arm ptq outside inside --seed 0
     python benchmarks/recovery.py --out docs/recovery.jsonl --summary --split tuning
+
+The 16-bit fine-tune must be at its best first, or QAT "recovers" what better training gives: choose the --rate of
+`control` by its loss on the tuning half, and give it to all other arms.
 
 Every training goes through the code that `train` runs; the shipped model is really quantised, saved and reloaded. Lines
 that --out holds already are skipped, so that a study can be gathered over many sittings; `--processes 8` shares the
@@ -31,41 +34,58 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-Job = tuple[str | None, str, int]
+Job = tuple[str | None, str, int, float | None]
 
 _DISTILL = {"distill": 0.9, "teacher": "control"}
-_AFTER = {"initial": "control"}
+_AFTER = {"initial": "control", "max_steps": 100}
+_LEARNED = {"learned_scales": True}
+_FAST = {"learned_scales": True, "scale_learning_rate": 1e-2}
+_MSE = {"ranges": "mse"}
+_HALF = {"learning_rate": 0.5}
+_TWICE = {"learning_rate": 2.0}
 ARMS: dict[str, dict[str, Any]] = {
-    # The peers' placement and ours.
+    # The peers' placement and ours; Unsloth's own QAT through its own API.
+    "unsloth": {},
+    "unsloth-lr2": _TWICE,
     "outside": {"placement": "outside"},
+    "outside-lr2": {"placement": "outside", **_TWICE},
     "inside": {},
     # One switch each.
+    "start25": {"start": 0.25},
     "start": {"start": 0.5},
-    "mse": {"ranges": "mse"},
-    "learned": {"learned_scales": True},
-    "mse-learned": {"ranges": "mse", "learned_scales": True},
-    "lr2": {"learning_rate": 2e-3},
+    "start75": {"start": 0.75},
+    "mse": _MSE,
+    "learned": _LEARNED,
+    "learned-fast": _FAST,
+    "half": _HALF,
+    "lr2": _TWICE,
     "distill-self": {"start": 0.5, "distill": 0.9, "teacher": "start"},
     "distill": _DISTILL,
-    "after": _AFTER,
-    "after100": {**_AFTER, "max_steps": 100},
+    "after": {"initial": "control"},
+    "after100": _AFTER,
     # Together.
-    "distill-learned": {**_DISTILL, "learned_scales": True},
-    "distill-mse": {**_DISTILL, "ranges": "mse"},
+    "mse-learned": {**_MSE, **_LEARNED},
+    "learned-lr2": {**_LEARNED, **_TWICE},
+    "start-learned": {"start": 0.5, **_LEARNED},
+    "start-learned-fast": {"start": 0.5, **_FAST},
+    "start-distill-learned": {"start": 0.5, **_DISTILL, **_LEARNED},
+    "start-learned-lr2": {"start": 0.5, **_LEARNED, **_TWICE},
     "distill-start": {**_DISTILL, "start": 0.25},
-    "distill-learned-lr2": {**_DISTILL, "learned_scales": True, "learning_rate": 2e-3},
-    "distill-mse-learned": {**_DISTILL, "ranges": "mse", "learned_scales": True},
-    "distill-lr2": {**_DISTILL, "learning_rate": 2e-3},
-    "after-distill": {**_AFTER, **_DISTILL},
-    "after-distill-learned": {**_AFTER, **_DISTILL, "learned_scales": True},
-    "after-distill-mse-learned": {**_AFTER, **_DISTILL, "ranges": "mse", "learned_scales": True},
-    "after100-distill-learned": {**_AFTER, **_DISTILL, "learned_scales": True, "max_steps": 100},
-    "after-distill-learned-lr2": {**_AFTER, **_DISTILL, "learned_scales": True, "learning_rate": 2e-3},
-    "after-distill-mse-learned-lr2": {
-        **_AFTER, **_DISTILL, "ranges": "mse", "learned_scales": True, "learning_rate": 2e-3,
-    },
-}  # fmt: skip
-"""Arm -> settings of `fake_quant`."""
+    "distill-lr2": {**_DISTILL, **_TWICE},
+    "distill-learned": {**_DISTILL, **_LEARNED},
+    "distill-mse-learned": {**_DISTILL, **_MSE, **_LEARNED},
+    "distill-learned-lr2": {**_DISTILL, **_LEARNED, **_TWICE},
+    "after100-half": {**_AFTER, **_HALF},
+    "after200-half": {"initial": "control", **_HALF},
+    "after100-distill": {**_AFTER, **_DISTILL},
+    "after100-distill-half": {**_AFTER, **_DISTILL, **_HALF},
+    "after100-learned-half": {**_AFTER, **_LEARNED, **_HALF},
+    "after100-distill-learned": {**_AFTER, **_DISTILL, **_LEARNED},
+    "after100-distill-learned-half": {**_AFTER, **_DISTILL, **_LEARNED, **_HALF},
+}
+"""Arm -> settings of `fake_quant`; its `learning_rate` here is a multiple of the 16-bit arm's."""
+PLAIN = ("control", "longer")
+"""The 16-bit fine-tune, and it as far as after100-half trains it: 100 more steps at half the rate. No scheme."""
 SPLITS = ("tuning", "heldout")
 GROUPS = {"int8-int4": 32, "int4": 64, "int3": 32, "int2": 32}
 """The group size of the study, which divides SmolLM2's 576. int4 with groups of 32 is the very grid of the GGUF file
@@ -76,8 +96,11 @@ def main() -> int:
     """Runs what is missing, or prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scheme", nargs="+", default=["int8-int4"])
-    parser.add_argument("--arm", nargs="+", default=["inside"], help=f"control, ptq, hqq, unsloth, {', '.join(ARMS)}")
+    parser.add_argument("--arm", nargs="+", default=["inside"], help=f"{', '.join(PLAIN)}, ptq, hqq, {', '.join(ARMS)}")
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
+    parser.add_argument(
+        "--rate", nargs="+", type=float, default=[None], help="default: train.learning_rate of --config"
+    )
     parser.add_argument("--split", choices=SPLITS, default="tuning", help="which half --summary shows")
     parser.add_argument("--config", default=str(Path(__file__).with_name("recovery.yaml")))
     parser.add_argument("--root", type=Path, default=Path("runs/recovery"))
@@ -91,10 +114,11 @@ def main() -> int:
     if options.summary:
         return summarise(options)
     jobs = [
-        (None if arm == "control" else scheme, arm, seed)
+        (None if arm in PLAIN else scheme, arm, seed, rate)
+        for rate in options.rate
         for seed in options.seed
         for arm in options.arm
-        for scheme in (options.scheme if arm != "control" else options.scheme[:1])
+        for scheme in (options.scheme if arm not in PLAIN else options.scheme[:1])
     ]
     if options.processes:
         return share(options, sys.argv[1:])
@@ -116,22 +140,31 @@ def share(options: argparse.Namespace, argv: list[str]) -> int:
 
     options.root.mkdir(parents=True, exist_ok=True)
     cards = max(1, torch.cuda.device_count())
-    own = [arm for arm in options.arm if arm != "unsloth"]
+    own = [arm for arm in options.arm if not is_unsloths(arm)]
+    theirs = [arm for arm in options.arm if is_unsloths(arm)]
     environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "1"}
     running = []
-    for kind, arms, count in (("own", own, options.processes * cards), ("unsloth", ["unsloth"], 2 * cards)):
-        if not set(arms) & set(options.arm):
+    for kind, arms, count in (("own", own, options.processes * cards), ("unsloth", theirs, cards)):
+        if not arms:
             continue
-        queue = options.root / f"queue-{kind}"
+        queue = options.root / f"queue-{kind}-{os.getpid()}"
         queue.write_text("0")
         for index in range(count):
             command = [sys.executable, __file__, *without(argv, "--processes", "--arm")]
             at = command.index("--") if "--" in command else len(command)
             command[at:at] = ["--arm", *arms, "--queue", str(queue)]
-            with (options.root / f"{kind}-{index}.log").open("w") as log:
+            with (options.root / f"{kind}-{os.getpid()}-{index}.log").open("w") as log:
                 card = {"CUDA_VISIBLE_DEVICES": str(index % cards)}
                 running.append(subprocess.Popen(command, stdout=log, stderr=log, env={**environment, **card}))
-    return max((process.wait() for process in running), default=0)
+    status = max((process.wait() for process in running), default=0)
+    for queue in options.root.glob(f"queue-*-{os.getpid()}"):
+        queue.unlink()
+    return status
+
+
+def is_unsloths(arm: str) -> bool:
+    """Trained by Unsloth's own QAT."""
+    return arm.startswith("unsloth")
 
 
 def without(argv: list[str], *flags: str) -> list[str]:
@@ -169,7 +202,7 @@ class Study:
 
     def __init__(self, options: argparse.Namespace, overrides: list[str]) -> None:
         self.began = time.monotonic()
-        if "unsloth" in options.arm:
+        if any(map(is_unsloths, options.arm)):
             os.environ.setdefault("UNSLOTH_BLOCK_COMPILE", "0")  # the compiler may leave out roundings in between
             import unsloth  # noqa: F401  before transformers
         import transformers
@@ -180,20 +213,21 @@ class Study:
         transformers.utils.logging.disable_progress_bar()
 
         self.options = options
-        self.config = load_config(options.config, overrides)
+        self.config = self.given = load_config(options.config, overrides)
         self.folder = resolve_model(self.config.model, cache=options.root / ".cache", seed=0).folder
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder)
         self.data: Any = None
 
-    def run(self, scheme: str | None, arm: str, seed: int) -> None:
+    def run(self, scheme: str | None, arm: str, seed: int, rate: float | None) -> None:
         """Trains and measures one arm, unless its line is there, and appends its line."""
-        own = ARMS.get(arm, {})
+        asked = {} if rate is None else {"learning_rate": rate}
+        self.config = self.given.model_copy(update={"train": self.given.train.model_copy(update=asked)})
         key = {
             "scheme": scheme,
             "group": None if scheme is None else self._format(scheme)[2],
             "arm": arm,
             "seed": seed,
-            "learning_rate": own.get("learning_rate", self.config.train.learning_rate),
+            "learning_rate": self.config.train.learning_rate,
         }
         done = any(all(row.get(name) == value for name, value in key.items()) for row in read(self.options.out))
         if done and (arm != "control" or self._control_is_there(seed)):
@@ -202,8 +236,8 @@ class Study:
             self._wait_for_control(seed)
         started = time.monotonic()
         try:
-            if arm == "control":
-                row = self._control(seed)
+            if arm in PLAIN:
+                row = self._in_16_bit(arm, seed)
             elif arm in ("ptq", "hqq"):
                 row = self._after_training(str(scheme), arm, seed)
             else:
@@ -221,11 +255,11 @@ class Study:
 
     # ------------------------------------------------------------------ arms
 
-    def _control(self, seed: int) -> Row:
-        home = self._home("control", seed)
+    def _in_16_bit(self, arm: str, seed: int) -> Row:
+        home = self._home(arm, seed)
         seconds = 0.0
-        if not self._control_is_there(seed):
-            seconds = self._train(self._settings(seed, {}), home, None)
+        if arm != "control" or not self._control_is_there(seed):
+            seconds = self._train(self._settings(seed, ARMS["after100-half"] if arm == "longer" else {}), home, None)
         model = self._load(home / "merged")
         return self._scores(model, None) | {"train_seconds": seconds}
 
@@ -255,12 +289,13 @@ class Study:
 
         scheme, target, group = self._format(name)
         home = self.options.root / "work" / f"{name}-{arm}-{seed}-{os.getpid()}"
-        config = self._settings(seed, ARMS.get(arm, {}))
-        plan = None if arm == "unsloth" else (scheme, target, group)
-        seconds = self._train(config, home, plan, unsloth=(name, group) if arm == "unsloth" else None)
+        config = self._settings(seed, ARMS[arm])
+        theirs = is_unsloths(arm)
+        plan = None if theirs else (scheme, target, group)
+        seconds = self._train(config, home, plan, unsloth=(name, group) if theirs else None)
         stored = json.loads((home / "trained.json").read_text())
         grid = load_grid(home / "grid", self.device) if (home / "grid").is_dir() else None
-        if arm == "unsloth":
+        if theirs:
             return self._in_a_plain_process(home, seed, (scheme, target, group)) | stored | {"train_seconds": seconds}
         trained = self._load(home / "merged")
         coverage = select_layers(trained, scheme, group, target)
@@ -290,7 +325,7 @@ class Study:
         limit = 600 if self.options.queue else 0
         while not self._control_is_there(seed):
             if limit <= 0:
-                raise SystemExit(f"seed {seed} has no control yet: run --arm control --seed {seed} first")
+                raise SystemExit(f"seed {seed} has no control yet: run --arm control with this --seed and --rate first")
             time.sleep(2)
             limit -= 2
 
@@ -304,7 +339,7 @@ class Study:
         backend = pick_backend("unsloth" if unsloth else config.model.backend)
         control = self._home("control", config.run.seed) / "adapter"
         chosen = QatPlan(scheme=plan[0], target=plan[1], group_size=plan[2], dtype=self.dtype) if plan else None
-        start = control if plan and config.fake_quant.initial == "control" else None
+        start = control if config.fake_quant.initial == "control" else None
         if unsloth:
             learner = unsloth_learner(self.folder, config, backend, *unsloth)
         else:
@@ -317,11 +352,14 @@ class Study:
         seconds = time.monotonic() - begun
         layers = len(learner.prepared.coverage.layers) if learner.prepared else count_fake_quantised(learner.model)
         steps = config.train.max_steps
-        trained = backend_loss(learner, self._samples(), config.eval.batch_size)
+        grid = learner.prepared is not None and config.fake_quant.placement == "inside"
+        # The loss of a trained grid is measured in the plain graph; without one only the backend's graph has it.
+        outside = not grid and (plan or unsloth)
+        trained = backend_loss(learner, self._samples(), config.eval.batch_size) if outside else None
         for folder in ("adapter", "grid", "merged"):
             (home / folder).mkdir(parents=True, exist_ok=True)
         save_adapter(learner, home / "adapter")
-        if learner.prepared is not None and config.fake_quant.placement == "inside":
+        if grid:
             save_grid(home / "grid", learner.prepared.grid())
         else:
             (home / "grid").rmdir()
@@ -358,7 +396,9 @@ class Study:
 
     def _settings(self, seed: int, fake_quant: dict[str, Any]) -> Any:
         """The config of one training."""
-        asked = self.config.fake_quant.model_copy(update=fake_quant)
+        times = fake_quant.get("learning_rate", 1.0)
+        rate = {"learning_rate": times * self.config.train.learning_rate}
+        asked = self.config.fake_quant.model_copy(update=fake_quant | rate)
         run = self.config.run.model_copy(update={"seed": seed})
         return self.config.model_copy(update={"fake_quant": asked, "run": run}).for_qat()
 
@@ -411,7 +451,7 @@ class Study:
         return "bfloat16" if self.device == "cuda" else "float32"
 
     def _home(self, arm: str, seed: int) -> Path:
-        return Path(self.options.root) / "work" / f"{arm}-{seed}"
+        return Path(self.options.root) / "work" / f"{arm}-{self.config.train.learning_rate:g}-{seed}"
 
     def _provenance(self) -> Row:
         import torch
@@ -534,8 +574,18 @@ def read(path: Path) -> list[Row]:
 
 
 def summarise(options: argparse.Namespace) -> int:
-    """Prints mean and standard error over the seeds, each arm against control and ptq of its own seed."""
+    """Prints mean and standard error over the seeds, each arm against control and ptq of its own seed and rate."""
     rows = [row | row[options.split] for row in read(options.out)]
+    rates = sorted({row["learning_rate"] for row in rows} if options.rate == [None] else options.rate)
+    for rate in rates:
+        print(f"Learning rate {rate:g}\n")
+        summarise_rate([row for row in rows if row["learning_rate"] == rate])
+        print()
+    return 0
+
+
+def summarise_rate(rows: list[Row]) -> None:
+    """One table."""
     losses = {(row["scheme"], row["arm"], row["seed"]): row["loss"] for row in rows}
     print("| scheme | arm | seeds | loss | exact match | KL | trained - shipped | recovered | training s |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
@@ -552,12 +602,11 @@ def summarise(options: argparse.Namespace) -> int:
             spread([row["train_seconds"] for row in own if row.get("train_seconds")], 0),
         ]  # fmt: skip
         print("| " + " | ".join(cells) + " |")
-    return 0
 
 
 def order(row: Row) -> tuple[str, int, str]:
     """Schemes together, the arms without QAT first."""
-    fixed = ["control", "ptq", "hqq", "unsloth", *ARMS]
+    fixed = [*PLAIN, "ptq", "hqq", *ARMS]
     return row["scheme"] or "", fixed.index(row["arm"]), row["arm"]
 
 
@@ -565,7 +614,7 @@ def recovered(rows: list[Row], losses: dict[Any, float]) -> Iterator[float]:
     """(ptq - final) / (ptq - control) of each seed that has all three."""
     for row in rows:
         ptq, control = losses.get((row["scheme"], "ptq", row["seed"])), losses.get((None, "control", row["seed"]))
-        if ptq is not None and control is not None and row["arm"] not in ("ptq", "control"):
+        if ptq is not None and control is not None and row["arm"] not in (*PLAIN, "ptq"):
             yield (ptq - row["loss"]) / (ptq - control)
 
 
