@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qat.linear import merged_weight
 from quantize.errors import UserError
-from quantize.layers import plain_name
+from quantize.layers import is_plain_linear, plain_name
 
 
 def base_linear(module: nn.Module) -> nn.Linear:
@@ -33,6 +33,8 @@ def adapter_of(module: Any) -> tuple[Tensor | None, Tensor | None]:
     if not hasattr(module, "lora_A") or not module.lora_A:
         return None, None
     (name,) = module.active_adapters
+    if name not in module.lora_A:  # the layer has another adapter, which is not active: peft passes it over
+        return None, None
     return module.lora_A[name].weight, module.lora_B[name].weight
 
 
@@ -61,9 +63,23 @@ def refuse_unmergeable(model: nn.Module) -> None:
     """Refuses adapters that a merged checkpoint cannot hold, with QAT or without.
 
     Raises:
-        UserError: an adapter on an embedding, or on an lm_head that shares the embedding's weight.
+        UserError: an adapter on an embedding, on a layer that is no plain linear layer (fused experts, Conv1D), or on
+            an lm_head that shares the embedding's weight; one that is no weight at all (prompt tuning).
     """
     modules = [(plain_name(name), module) for name, module in model.named_modules()]
+    for kind in getattr(model, "peft_config", {}).values():
+        if getattr(kind, "is_prompt_learning", False):
+            raise UserError(f"an adapter of the kind {kind.peft_type.value} has no place in merged weights; train LoRA")
+    tokens = [name for name, module in modules if type(module).__name__ == "TrainableTokensWrapper"]
+    if tokens:
+        raise UserError(f"{tokens[0]}: trainable tokens are not merged; leave trainable_token_indices out")
+    others = [name for name, module in modules if getattr(module, "lora_A", None) and not _on_a_linear(module)]
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise UserError(
+            f"{others[0]}{more}: an adapter on a layer that is no plain linear layer is not merged; name the linear "
+            "layers in lora.target_modules, such as ['q_proj', 'k_proj', 'v_proj', 'o_proj']"
+        )
     names = [name for name, module in modules if getattr(module, "lora_embedding_A", None)]
     if names:
         raise UserError(
@@ -76,6 +92,11 @@ def refuse_unmergeable(model: nn.Module) -> None:
             "lm_head: it shares the embedding's weight, from which an adapter of its own would part it when merged; "
             "leave it out of lora.target_modules"
         )
+
+
+def _on_a_linear(module: Any) -> bool:
+    base = getattr(module, "base_layer", None)
+    return isinstance(base, nn.Linear) and (is_plain_linear(base) or not base.weight.is_floating_point())
 
 
 def refuse_adapters(modules: Mapping[str, nn.Module]) -> None:

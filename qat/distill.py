@@ -49,6 +49,7 @@ class Teacher:
     @contextmanager
     def _in_place_of_the_student(self) -> Iterator[None]:
         was_enabled = self.prepared.enabled
+        torch.clear_autocast_cache()  # of a caller's autocast: it holds cast copies by parameter, not by value
         parameters = dict(_adapter_parameters(self.model))
         student = {name: parameter.data for name, parameter in parameters.items()}
         self.prepared.switch_off()
@@ -59,6 +60,7 @@ class Teacher:
         finally:
             for name, parameter in parameters.items():
                 parameter.data = student[name]
+            torch.clear_autocast_cache()
             if was_enabled:
                 self.prepared.switch_on()
 

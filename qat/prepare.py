@@ -151,6 +151,8 @@ def prepare_qat(
     found = {plain_name(name): module for name, module in model.named_modules() if is_outermost_linear(name, module)}
     modules = {name: module for name, module in found.items() if name in chosen}
     refuse_adapters(modules)
+    if any(hasattr(vars(module).get("forward"), "fake_quantised") for module in modules.values()):
+        raise UserError("this model is prepared already; undo that with remove_qat first")
     prepared = Prepared(coverage, placement, mse=ranges == "mse")
     for name, module in modules.items():
         weight = base_linear(module).weight
@@ -191,6 +193,11 @@ def _embedding(
     if hasattr(embedding, "base_layer"):
         raise UserError("the input embedding has an adapter, which cannot go inside its fake quantiser; leave it out")
     (name,) = {plain_name(name) for name, module in model.named_modules() if module is embedding}
+    if type(embedding).forward is not nn.Embedding.forward and not hasattr(embedding, "scalar_embed_scale"):
+        raise UserError(
+            f"{name}: a {type(embedding).__name__} computes more than a look-up, which its fake quantiser would leave "
+            "out; choose a scheme that keeps the embedding in 16 bit"
+        )
     numerics = LayerNumerics(
         name=name,
         numbers=target.numbers(),
@@ -202,10 +209,15 @@ def _embedding(
     return {name: (embedding, numerics)}
 
 
+def _marked(forward: Any) -> Any:
+    forward.fake_quantised = True
+    return forward
+
+
 def _inside(numerics: LayerNumerics) -> Any:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         linear = base_linear(self)
-        lora_a, lora_b = adapter_of(self)
+        lora_a, lora_b = _adapter_in_use(self, numerics)
         output = FakeQuantLinear.apply(x, linear.weight, lora_a, lora_b, linear.bias, numerics.factor, numerics)
         dropout = _dropout(self) if lora_a is not None else None
         if dropout is None or lora_a is None or lora_b is None:
@@ -214,13 +226,13 @@ def _inside(numerics: LayerNumerics) -> Any:
         noise = dropout(x) - x
         return output + _adapter_output(noise, lora_a, lora_b, numerics.scaling).to(output.dtype)  # type: ignore[no-any-return]
 
-    return forward
+    return _marked(forward)
 
 
 def _outside(numerics: LayerNumerics) -> Any:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         linear = base_linear(self)
-        lora_a, lora_b = adapter_of(self)
+        lora_a, lora_b = _adapter_in_use(self, numerics)
         output = FakeQuantLinear.apply(x, linear.weight, None, None, linear.bias, numerics.factor, numerics)
         if lora_a is None or lora_b is None:
             return output  # type: ignore[no-any-return]
@@ -228,7 +240,24 @@ def _outside(numerics: LayerNumerics) -> Any:
         inputs = x if dropout is None else dropout(x)
         return output + _adapter_output(inputs, lora_a, lora_b, numerics.scaling).to(output.dtype)  # type: ignore[no-any-return]
 
-    return forward
+    return _marked(forward)
+
+
+def _adapter_in_use(module: Any, numerics: LayerNumerics) -> tuple[Tensor | None, Tensor | None]:
+    """(A, B), or (None, None) under `disable_adapter()`.
+
+    Raises:
+        UserError: peft changed the adapter since it was prepared: what is computed would not be what ships.
+    """
+    if getattr(module, "disable_adapters", False):
+        return None, None
+    if getattr(module, "merged", False):
+        raise UserError(
+            f"{numerics.name}: its adapter was merged after prepare_qat; call model.unmerge_adapter() first"
+        )
+    if scaling_of(module) != numerics.scaling:
+        raise UserError(f"{numerics.name}: another adapter was made active after prepare_qat; prepare the model again")
+    return adapter_of(module)
 
 
 def _adapter_output(inputs: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:

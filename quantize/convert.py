@@ -156,7 +156,8 @@ def _untie(model: Any) -> None:
     """Gives lm_head weights of its own: embedding and lm_head ship in different formats."""
     if model.config.tie_word_embeddings:
         model.config.tie_word_embeddings = False
-        model.lm_head.weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone(), requires_grad=False)
+        weight = model.get_input_embeddings().weight.detach().clone()
+        model.get_output_embeddings().weight = nn.Parameter(weight, requires_grad=False)
         model._tied_weights_keys = None
         model.all_tied_weights_keys = {}
 

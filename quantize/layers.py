@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -19,7 +20,8 @@ class Coverage:
         layers: module names that are quantised.
         skipped: module name -> why it keeps 16 bit.
         quantized_weights: number of weights in `layers`.
-        addressed_weights: number of weights in all linear layers that the scheme does not skip by its definition.
+        addressed_weights: number of weights in all linear layers that the scheme does not skip by its definition, and
+            in the matrices that are no linear layer's (fused experts, GPT-2's Conv1D).
         total_weights: number of weights in the model.
     """
 
@@ -31,7 +33,7 @@ class Coverage:
 
     @property
     def quantized_fraction(self) -> float:
-        """Share of the addressed linear weights that is quantised."""
+        """Share of the addressed weights that is quantised."""
         return self.quantized_weights / self.addressed_weights if self.addressed_weights else 0.0
 
     def as_dict(self) -> dict[str, object]:
@@ -64,6 +66,12 @@ def is_outermost_linear(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or isinstance(getattr(module, "base_layer", None), nn.Linear)
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """It computes `x W^T + b`, not more. FalconLinear does too, in a forward of its own."""
+    kind = type(module)
+    return isinstance(module, nn.Linear) and (kind.forward is nn.Linear.forward or kind.__name__ == "FalconLinear")
+
+
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """(name without wrappers, linear) of each linear layer, the adapters' own matrices left out."""
     for name, module in model.named_modules():
@@ -86,11 +94,16 @@ def select_layers(model: nn.Module, scheme: Scheme, group_size: int | None, targ
     layers: list[str] = []
     skipped: dict[str, str] = {}
     quantised = addressed = 0
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    head = getattr(head, "base_layer", head)
     for name, linear in linear_layers(model):
-        if name.rsplit(".", 1)[-1] in scheme.skip:
+        if name.rsplit(".", 1)[-1] in scheme.skip or ("lm_head" in scheme.skip and linear is head):
             skipped[name] = f"{scheme.name} keeps it in 16 bit"
             continue
         addressed += linear.weight.numel()
+        if linear.weight.is_floating_point() and not is_plain_linear(linear):
+            skipped[name] = f"a {type(linear).__name__} computes more than a linear layer"
+            continue
         if group_size is not None and linear.in_features % group_size:
             skipped[name] = f"group size {group_size} does not divide its in_features {linear.in_features}"
             continue
@@ -100,5 +113,19 @@ def select_layers(model: nn.Module, scheme: Scheme, group_size: int | None, targ
             continue
         layers.append(name)
         quantised += linear.weight.numel()
+    for name, weight in _other_weights(model):
+        addressed += weight.numel()
+        skipped[name] = "a weight outside a linear layer, such as that of fused experts, keeps 16 bit"
     total = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" not in name)
     return Coverage(tuple(layers), skipped, quantised, addressed, total)
+
+
+def _other_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, weight) of each matrix that is no linear layer's, embedding's, convolution's or adapter's."""
+    for name, module in model.named_modules():
+        ours = isinstance(module, nn.Linear | nn.Embedding) or "Conv1d" in type(module).__name__
+        if ours or ".lora_" in name or name.endswith(".original_module"):
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() >= 2 and "lora_" not in leaf:
+                yield f"{plain_name(name)}.{leaf}", parameter

@@ -123,13 +123,16 @@ def best_factor(numbers: Numbers, weight: Tensor, group_size: int | None, scale_
         (O, G) float32.
     """
     weight = weight.float()
-    groups = numbers.quantise(weight, group_size, scale_dtype, None).scale.shape[-1]
-    best = torch.ones(weight.shape[0], groups, device=weight.device)
-    least = torch.full_like(best, float("inf"))
+
+    def squared_error(quantised: Quantised) -> Tensor:
+        difference = numbers.restore(quantised, torch.float32) - weight
+        return difference.square().reshape(*quantised.scale.shape, -1).sum(-1)
+
+    least = squared_error(numbers.quantise(weight, group_size, scale_dtype, None))
+    best = torch.ones_like(least)  # stays where nothing is better, as in a group of zeros
     for step in range(20, 56):
         factor = torch.full_like(best, step / 50)
-        restored = numbers.restore(numbers.quantise(weight, group_size, scale_dtype, factor), torch.float32)
-        error = (restored - weight).square().reshape(weight.shape[0], groups, -1).sum(-1)
+        error = squared_error(numbers.quantise(weight, group_size, scale_dtype, factor))
         better = error < least
         best, least = torch.where(better, factor, best), torch.where(better, error, least)
     return best

@@ -117,7 +117,7 @@ def compare(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> lis
     Keys: those of `evaluate` that make the simulation, and shipped (the quantised checkpoint).
     """
     from quantize.evaluate import batches, read_samples
-    from quantize.gate import layer_differences
+    from quantize.gate import layer_differences, weight_differences
     from quantize.layers import embedding_name
     from quantize.schemes import find_scheme
 
@@ -129,7 +129,8 @@ def compare(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> lis
     layers = list(coverage.layers)
     if find_scheme(job["simulate"]["scheme"]).embedding is not None:
         layers.append(embedding_name(trained))
-    return layer_differences(trained, shipped, layers, inputs)
+    found = layer_differences(trained, shipped, layers, inputs) + weight_differences(trained, shipped, layers)
+    return sorted(found, key=lambda item: -item[1])
 
 
 def convert(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:

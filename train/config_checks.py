@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,6 +246,11 @@ def _adapter(config: RunConfig) -> Iterator[Problem]:
             f"write ['{modules}'], or .*{modules}"
         )
         yield Problem(("lora.target_modules",), text)
+    elif isinstance(modules, str):
+        try:
+            re.compile(modules)
+        except re.error as error:
+            yield Problem(("lora.target_modules",), f"lora.target_modules={modules} is no regular expression: {error}")
 
 
 def _names(config: RunConfig) -> Iterator[Problem]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qat.adapters import refuse_unmergeable
 from qat.prepare import Prepared, prepare_qat
-from qat.schedule import Schedule, load_factors, save_factors
+from qat.schedule import Schedule, first_step, load_factors, save_factors
 from quantize.errors import UserError
 from quantize.evaluate import Sample, batches
 from quantize.layers import Coverage
@@ -21,7 +21,7 @@ from train.backends import Backend, initialise_adapters
 from train.trainer import build_trainer
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from train.config import RunConfig
 
@@ -48,14 +48,12 @@ class Learner:
 
     Attributes:
         dtype: that of its weights ("bfloat16").
-        steps: optimiser steps of the whole fine-tuning, once `fit` has run.
     """
 
     model: Any
     prepared: Prepared | None
     dtype: str
     backend: Backend
-    steps: int = 0
 
     @property
     def autocasts(self) -> bool:
@@ -129,9 +127,35 @@ def refuse_low_coverage(coverage: Coverage, scheme: Scheme, least: float) -> Non
         first = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
         raise UserError(
-            f"{scheme.name} reaches {share:.1%} of the linear weights, below fake_quant.min_coverage={least} "
+            f"{scheme.name} reaches {share:.1%} of the weights, below fake_quant.min_coverage={least} "
             f"({first}{more}); choose another quantize.group_size or lower the bound"
         )
+
+
+def refuse_misplaced_adapters(shape: nn.Module, config: RunConfig) -> None:
+    """Adds the adapters to a model without weights (meta device), to find before training where they do not fit.
+
+    Raises:
+        UserError: `lora.target_modules` names nothing in the model, or layers whose adapters cannot be merged.
+    """
+    import peft
+
+    from train.backends.peft import lora_settings
+
+    assert config.lora is not None
+    if config.model.backend == "unsloth" and config.lora.target_modules == "all-linear":
+        return  # unsloth is given the linear layers' names
+    try:
+        wrapped = peft.get_peft_model(shape, lora_settings(config.lora))
+    except ValueError as error:
+        raise UserError(f"lora.target_modules={config.lora.target_modules}: {error}") from error
+    refuse_unmergeable(wrapped)
+
+
+def refuse_late_start(start: float, steps: int) -> None:
+    """Raises UserError where a fine-tuning of so many steps ends before fake quantisation is switched on."""
+    if first_step(start, steps) >= steps:
+        raise UserError(f"fake_quant.start={start} would never be reached: the fine-tuning has {steps} steps")
 
 
 def save_adapter(learner: Learner, folder: Path) -> None:
@@ -195,7 +219,6 @@ def fit(
         trainer.remove_callback(transformers.ProgressCallback)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    learner.steps = trainer.state.max_steps
     if learner.prepared is not None and not callback.stopped:
         learner.prepared.switch_on()
     return not callback.stopped
@@ -236,6 +259,10 @@ def _callback(
 
     class Callback(transformers.TrainerCallback):
         stopped = began = False
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if schedule is not None:
+                refuse_late_start(schedule.start, state.max_steps)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             switched = schedule is not None and schedule.before_step(state.global_step, state.max_steps)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.errors import UserError
 from quantize.evaluate import Scores, read_samples
 from quantize.gate import check_gap
 from quantize.grid import save_grid
@@ -80,21 +79,22 @@ class Stages:
         found = resolve_model(self.config.model, cache=self.cache, seed=self.config.run.seed)
         self.model_key = found.fingerprint
         self.directory.update_manifest(model_fingerprint=found.fingerprint)
-        self._check_coverage(found.folder)
+        self._check_shape(found.folder)
         self.directory.check_disk(3 * sum(path.stat().st_size for path in found.folder.glob("*.safetensors")))
         return found
 
-    def _check_coverage(self, folder: Path) -> None:
-        """Refuses a format that reaches too little of the model, before anything is trained."""
+    def _check_shape(self, folder: Path) -> None:
+        """Refuses, before any training, a format that reaches too little of the model, and adapters that do not fit."""
         from quantize.convert import inspect_model
         from quantize.layers import select_layers
-        from train.fit import refuse_low_coverage
+        from train.fit import refuse_low_coverage, refuse_misplaced_adapters
 
-        if self.config.qat is None or self.format is None:
-            return
         shape = inspect_model(folder, trust_remote_code=self.config.model.trust_remote_code)
-        coverage = select_layers(shape, self.format.scheme, self.format.group_size, self.format.target)
-        refuse_low_coverage(coverage, self.format.scheme, self.config.fake_quant.min_coverage)
+        if self.config.qat is not None and self.format is not None:
+            coverage = select_layers(shape, self.format.scheme, self.format.group_size, self.format.target)
+            refuse_low_coverage(coverage, self.format.scheme, self.config.fake_quant.min_coverage)
+        if self.config.lora is not None:
+            refuse_misplaced_adapters(shape, self.config)
 
     @property
     def cache(self) -> Path:
@@ -211,7 +211,6 @@ class Stages:
         plan: QatPlan | None,
         control: Tuned | None = None,
     ) -> Tuned:
-        from qat.schedule import first_step
         from train.fit import backend_loss, build_learner, fit, save_adapter
         from train.merge import write_merged
 
@@ -245,10 +244,6 @@ class Stages:
                 self.stop.graceful = False
             if not done:
                 raise self.stop.stopped()
-            if plan is not None and first_step(asked.start, learner.steps) >= learner.steps:
-                raise UserError(
-                    f"fake_quant.start={asked.start} was never reached: the fine-tuning has {learner.steps} steps"
-                )
             with self.directory.commit_folder(str((home / "adapter").relative_to(self.directory.path))) as folder:
                 save_adapter(learner, folder)
             return {"coverage": learner.prepared.coverage.as_dict() if learner.prepared else None}

@@ -186,6 +186,7 @@ def test_every_shipped_config_runs_offline_on_a_tiny_model_of_its_architecture(c
         (["--data.format=alpaca"], "instruction"),
         (["--train.max-length=8"], "no trainable token after truncation"),
         (["--lora.use_dora=True"], "set model.backend=peft"),
+        (["--lora.target_modules=['q_porj']"], "lora.target_modules=['q_porj']: "),
         (["--train.report_to=mlflow"], "mlflow is not installed"),
         (["--run.root=/proc/nowhere"], "cannot be written"),
         (["--train.learning-rate=1e30", "--train.max-grad-norm=0"], "on the data rows"),

@@ -10,7 +10,7 @@ from samples import find_target
 from tiny_models import IDS, logits_of, tiny_model
 
 from quantize.convert import quantise_
-from quantize.gate import check_gap, layer_differences
+from quantize.gate import check_gap, layer_differences, weight_differences
 from quantize.layers import select_layers
 from quantize.schemes import SCHEMES
 from quantize.simulate import simulate_
@@ -47,6 +47,15 @@ def test_a_corrupted_layer_is_named_alone(scheme: str, name: str) -> None:
     assert all(difference == 0.0 for _, difference in found[1:])
 
 
+@pytest.mark.parametrize("scheme", ["int8-int4-mobile", "int3"])
+def test_a_corrupted_16_bit_weight_is_named_alone(scheme: str) -> None:
+    trained, shipped, layers = _trained_and_shipped(scheme)
+    shipped.model.norm.weight.data *= 1.3
+    found = weight_differences(trained, shipped, [*layers, "model.embed_tokens"] if "mobile" in scheme else layers)
+    assert found[0][0] == "model.norm.weight" and found[0][1] == pytest.approx(0.3)
+    assert len(found) > 3 and all(difference == 0.0 for _, difference in found[1:])
+
+
 @pytest.mark.parametrize("gap", [0.0, 0.0049, -0.0049])
 def test_a_gap_within_the_bound_passes(gap: float) -> None:
     scheme = SCHEMES["int4"]
@@ -68,7 +77,7 @@ def test_a_gap_beyond_the_bound_names_the_worst_layers(gap: float) -> None:
         check_gap(gap, scheme, scheme.targets["cpu"], lambda: worst)
     said = str(caught.value)
     assert f"{gap:+.6f}" in said and "int3 on cpu" in said
-    assert "first: 25.00% of its output's norm; second: 10.00%" in said and "fourth" not in said
+    assert "first: 25.00% of its norm; second: 10.00%" in said and "fourth" not in said
 
 
 def test_a_gap_that_is_no_number_does_not_pass() -> None:

@@ -13,6 +13,7 @@ from qat.adapters import base_linear, merged_of, refuse_unmergeable
 from qat.prepare import Prepared, prepare_qat, remove_qat
 from quantize.errors import UserError
 from quantize.layers import select_layers
+from quantize.numerics import best_factor
 from quantize.schemes import SCHEMES
 from quantize.simulate import simulate_
 
@@ -292,3 +293,104 @@ def test_an_adapter_of_the_embedding_is_refused_before_training() -> None:
 def test_a_group_size_that_divides_no_layer_is_refused() -> None:
     with pytest.raises(UserError, match="group size 256 does not divide"):
         _prepare(with_lora(tiny_model()), group_size=256)
+
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+
+def test_fused_experts_count_as_weights_that_are_not_quantised() -> None:
+    coverage = select_layers(tiny_model("qwen3_moe", **MOE), SCHEMES["int3"], 32)
+    assert "outside a linear layer" in coverage.skipped["model.layers.0.mlp.experts.gate_up_proj"]
+    assert coverage.quantized_fraction < 0.5
+    dense = select_layers(tiny_model(), SCHEMES["int3"], 32)
+    assert dense.quantized_fraction == 1.0 and set(dense.skipped) == {"lm_head"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"), [("qwen3_moe", MOE), ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4})]
+)
+def test_adapters_on_what_is_no_linear_layer_are_refused(architecture: str, options: dict[str, Any]) -> None:
+    wrapped = with_lora(tiny_model(architecture, **options))
+    with pytest.raises(UserError, match="an adapter on a layer that is no plain linear layer is not merged"):
+        refuse_unmergeable(wrapped)
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_keeps_it() -> None:
+    model = with_lora(tiny_model("phimoe", num_local_experts=4, num_experts_per_tok=2), target_modules=["q_proj"])
+    prepared = _prepare(model, "int3")
+    assert "computes more than a linear layer" in prepared.coverage.skipped["model.layers.0.mlp.router"]
+    assert logits_of(model).isfinite().all()
+
+
+def test_an_embedding_that_computes_more_than_a_look_up_is_refused() -> None:
+    model = with_lora(tiny_model("xglm", d_model=64, ffn_dim=128, num_layers=2, attention_heads=4))
+    with pytest.raises(UserError, match="computes more than a look-up"):
+        _prepare(model, "int8-int4-mobile")
+
+
+def test_the_head_keeps_16_bit_under_whatever_name() -> None:
+    coverage = select_layers(tiny_model("biogpt"), SCHEMES["int3"], 32)
+    assert set(coverage.skipped) == {"output_projection"}
+
+
+def _with_a_second(model: Any, **options: Any) -> Any:
+    import peft
+
+    model.add_adapter("second", peft.LoraConfig(r=2, init_lora_weights=False, **options))
+    return model
+
+
+def test_a_layer_without_the_active_adapter_is_a_plain_one() -> None:
+    wrapped = _with_a_second(with_lora(tiny_model(), target_modules=["q_proj"]), target_modules=["v_proj"])
+    wrapped.set_adapter("default")
+    prepared = _prepare(wrapped, "int3")
+    assert torch.equal(logits_of(wrapped), logits_of(_simulated("qwen3", wrapped, prepared, "int3")))
+
+
+def test_what_peft_does_to_a_prepared_model_is_honoured_or_refused() -> None:
+    wrapped = _with_a_second(with_lora(tiny_model()), target_modules="all-linear", lora_alpha=32)
+    wrapped.set_adapter("default")
+    prepared = _prepare(wrapped, "int3")
+    before = logits_of(wrapped)
+    with wrapped.disable_adapter():
+        plain = tiny_model()
+        coverage = select_layers(plain, SCHEMES["int3"], 32)
+        simulate_(plain, SCHEMES["int3"], SCHEMES["int3"].targets["cpu"], 32, coverage)
+        assert torch.equal(logits_of(wrapped), logits_of(plain))
+    assert torch.equal(logits_of(wrapped), before)
+    with pytest.raises(UserError, match="prepared already"):
+        _prepare(wrapped, "int3")
+    wrapped.set_adapter("second")
+    with pytest.raises(UserError, match="another adapter was made active after prepare_qat"):
+        logits_of(wrapped)
+    wrapped.set_adapter("default")
+    wrapped.merge_adapter()
+    with pytest.raises(UserError, match="merged after prepare_qat"):
+        logits_of(wrapped)
+    remove_qat(prepared)
+
+
+def test_prompt_tuning_is_refused() -> None:
+    import peft
+
+    wrapped = peft.get_peft_model(tiny_model(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(UserError, match="no place in merged weights"):
+        refuse_unmergeable(wrapped)
+
+
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+def test_least_squares_leave_the_range_of_equal_weights_alone(scheme: str) -> None:
+    numbers = SCHEMES[scheme].targets[_target(scheme)].numbers()
+    group_size = 64 if SCHEMES[scheme].group_sizes else None
+    factor = best_factor(numbers, torch.zeros(3, 128), group_size, torch.float32)
+    assert (factor == 1).all()
+
+
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("shape", [(0, 128), (4, 0, 128)])
+def test_an_empty_batch_gives_an_empty_output(scheme: str, shape: tuple[int, ...]) -> None:
+    numbers = SCHEMES[scheme].targets[_target(scheme)].numbers()
+    group_size = 128 if SCHEMES[scheme].group_sizes else None
+    weight = numbers.quantise(torch.randn(96, 128), group_size, torch.float32, None)
+    for bias in (None, torch.zeros(96)):
+        assert numbers.compute(torch.zeros(shape), weight, bias).shape == (*shape[:-1], 96)

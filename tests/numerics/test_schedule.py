@@ -16,7 +16,8 @@ from tiny_models import IDS, gradients, logits_of, tiny_model, with_lora
 from qat.distill import Teacher, adapter_weights, answer_divergence
 from qat.prepare import prepare_qat
 from qat.schedule import Schedule
-from train.fit import save_adapter
+from quantize.errors import UserError
+from train.fit import last_checkpoint, save_adapter
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,12 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(switches: str, hom
         assert _equal(resumed.adapter, whole.adapter), f"stopped after {stop_after}"
 
 
+def test_a_start_behind_the_end_is_refused_before_the_first_step(home: Path) -> None:
+    with pytest.raises(UserError, match=r"fake_quant\.start=6 would never be reached: the fine-tuning has 6 steps"):
+        fitted(fit_config(start=6), home / "too late")
+    assert last_checkpoint(home / "too late") is None
+
+
 def test_a_checkpoint_that_was_cut_short_is_passed_over(home: Path) -> None:
     config = fit_config(ranges="mse", learned_scales=True)
     config = config.model_copy(update={"train": config.train.model_copy(update={"save_steps": 2})})
@@ -128,7 +135,7 @@ def test_learned_ranges_move(home: Path) -> None:
 def test_it_goes_on_from_the_finished_16_bit_adapter(home: Path) -> None:
     control = fitted(fit_config(), home / "control", qat=False)
     save_adapter(control.learner, home / "control adapter")
-    config = fit_config(start=99, initial="control")  # never started: nothing but the adapter is at work
+    config = fit_config(start=5, initial="control")  # its first loss is the finished adapter's in 16 bit
     more = fitted(config, home / "more", adapter=home / "control adapter")
     assert more.losses[0] < control.losses[0]
     config = fit_config(initial="control", distill=0.5, teacher="control")

@@ -402,6 +402,7 @@ class TestContradictions:
             (["--train.max_steps=5", "--train.warmup_steps=6"], ["train.warmup_steps=6", "train.max_steps=5"]),
             (["--train.report_to=wandb", "--track.wandb=offline"], ["train.report_to", "track.wandb"]),
             (["--lora.target_modules=q_proj"], ["fits none", "['q_proj']"]),
+            (["--lora.target_modules=.*["], ["no regular expression"]),
             (["--run.name=a/b"], ["run.name", "run.root"]),
             (["--run.name=.."], ["run.name"]),
             (["--model.id="], ["model.id is empty"]),

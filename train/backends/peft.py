@@ -11,6 +11,21 @@ if TYPE_CHECKING:
     from train.config import LoraConfig, ModelConfig
 
 
+def lora_settings(lora: LoraConfig) -> Any:
+    """peft's LoraConfig of the section `lora`."""
+    import peft
+
+    return peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=lora.target_modules,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        task_type="CAUSAL_LM",
+    )
+
+
 class PeftBackend:
     """`AutoModelForCausalLM` and `peft.get_peft_model`."""
 
@@ -40,19 +55,10 @@ class PeftBackend:
         """See `Backend.add_lora`."""
         import peft
 
-        settings = peft.LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.lora_alpha,
-            lora_dropout=lora.lora_dropout,
-            target_modules=lora.target_modules,
-            use_rslora=lora.use_rslora,
-            use_dora=lora.use_dora,
-            task_type="CAUSAL_LM",
-        )
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
-        return peft.get_peft_model(model, settings)
+        return peft.get_peft_model(model, lora_settings(lora))
 
     def computing(
         self, fake_quantised: Collection[str], *, dtype: str, logits: bool = False
