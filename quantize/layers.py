@@ -123,8 +123,8 @@ def select_layers(model: nn.Module, scheme: Scheme, group_size: int | None, targ
 def _other_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, weight) of each matrix that is no linear layer's, embedding's, convolution's or adapter's."""
     for name, module in model.named_modules():
-        ours = isinstance(module, nn.Linear | nn.Embedding) or "Conv1d" in type(module).__name__
-        if ours or ".lora_" in name or name.endswith(".original_module"):
+        counted = isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd)
+        if counted or ".lora_" in name or name.endswith(".original_module"):
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.dim() >= 2 and "lora_" not in leaf:

@@ -73,5 +73,5 @@ def test_a_layer_that_does_not_ship_as_trained_fails_the_run_and_is_named(int3: 
     failed = runs.train("--resume", str(int3))
     assert failed.returncode == 1, failed.stdout[-1000:] + failed.stderr[-2000:]
     assert "the trained function and the shipped one differ by" in failed.stderr
-    assert "these layers differ most: model.layers.1.mlp.up_proj: " in failed.stderr
+    assert "16-bit weights by themselves: model.layers.1.mlp.up_proj: " in failed.stderr
     file.write_bytes(good)
