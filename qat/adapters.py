@@ -73,7 +73,8 @@ def refuse_unmergeable(model: nn.Module) -> None:
     tokens = [name for name, module in modules if type(module).__name__ == "TrainableTokensWrapper"]
     if tokens:
         raise UserError(f"{tokens[0]}: trainable tokens are not merged; leave trainable_token_indices out")
-    others = [name for name, module in modules if getattr(module, "lora_A", None) and not _on_a_linear(module)]
+    adapted = [(name, module) for name, module in modules if getattr(module, "lora_A", None)]
+    others = [name for name, module in adapted if not is_plain_linear(module.base_layer)]
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise UserError(
@@ -92,11 +93,6 @@ def refuse_unmergeable(model: nn.Module) -> None:
             "lm_head: it shares the embedding's weight, from which an adapter of its own would part it when merged; "
             "leave it out of lora.target_modules"
         )
-
-
-def _on_a_linear(module: Any) -> bool:
-    base = getattr(module, "base_layer", None)
-    return isinstance(base, nn.Linear) and (is_plain_linear(base) or not base.weight.is_floating_point())
 
 
 def refuse_adapters(modules: Mapping[str, nn.Module]) -> None:

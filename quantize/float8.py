@@ -71,7 +71,7 @@ def linear_fp8(inputs: Tensor, weight: Quantised, bias: Tensor | None) -> Tensor
     else:
         summed = _float8_product(left, weight.values, weight.scale)
         output = (summed if bias is None else summed + bias.float()).to(inputs.dtype)
-    return output.reshape(*inputs.shape[:-1], weight.values.shape[0])
+    return output.reshape(*inputs.shape[:-1], output.shape[-1])
 
 
 # ---------------------------------------------------------------------- mslk's kernels (PyPI: mslk-cuda)
@@ -108,13 +108,10 @@ def linear_fp8_mslk(inputs: Tensor, weight: Quantised, bias: Tensor | None) -> T
     kernel = _mslk_rowwise() if inputs.is_cuda and inputs.dtype == torch.bfloat16 else None
     if kernel is not None:
         output = kernel(left.values, weight.values, left.scale, weight.scale, bias=bias, use_fast_accum=True)
-        return output.reshape(*inputs.shape[:-1], weight.values.shape[0])
-    output = (
-        _float8_product(left, weight.values, weight.scale)
-        .to(inputs.dtype)
-        .reshape(*inputs.shape[:-1], weight.values.shape[0])
-    )
-    return output if bias is None else output + bias
+    else:
+        output = _float8_product(left, weight.values, weight.scale).to(inputs.dtype)
+        output = output if bias is None else output + bias
+    return output.reshape(*inputs.shape[:-1], output.shape[-1])
 
 
 @cache
@@ -170,8 +167,8 @@ def linear_fp8_int4(inputs: Tensor, weight: Quantised, bias: Tensor | None) -> T
     left = quantise_fp8_mslk(inputs.reshape(-1, inputs.shape[-1]))
     operand = restore_fp8_int4(weight, torch.float32).to(torch.float8_e4m3fn)
     output = _float8_product(left, operand, torch.ones_like(weight.scale[:, 0], dtype=torch.float32)).to(inputs.dtype)
-    output = output.reshape(*inputs.shape[:-1], weight.values.shape[0])
-    return output if bias is None else output + bias
+    output = output if bias is None else output + bias
+    return output.reshape(*inputs.shape[:-1], output.shape[-1])
 
 
 # ---------------------------------------------------------------------- the formats

@@ -67,9 +67,12 @@ def is_outermost_linear(name: str, module: nn.Module) -> bool:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """It computes `x W^T + b`, not more. FalconLinear does too, in a forward of its own."""
+    """It computes `x W^T + b`, not more; so do FalconLinear and quantised layers, in forwards of their own."""
+    if not isinstance(module, nn.Linear):
+        return False
     kind = type(module)
-    return isinstance(module, nn.Linear) and (kind.forward is nn.Linear.forward or kind.__name__ == "FalconLinear")
+    own = kind.forward is not nn.Linear.forward and kind.__name__ != "FalconLinear"
+    return not (own and module.weight.is_floating_point())
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -101,7 +104,7 @@ def select_layers(model: nn.Module, scheme: Scheme, group_size: int | None, targ
             skipped[name] = f"{scheme.name} keeps it in 16 bit"
             continue
         addressed += linear.weight.numel()
-        if linear.weight.is_floating_point() and not is_plain_linear(linear):
+        if not is_plain_linear(linear):
             skipped[name] = f"a {type(linear).__name__} computes more than a linear layer"
             continue
         if group_size is not None and linear.in_features % group_size:

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from qat.adapters import refuse_unmergeable
 from qat.prepare import Prepared, prepare_qat
-from qat.schedule import Schedule, first_step, load_factors, save_factors
+from qat.schedule import Schedule, load_factors, save_factors
 from quantize.errors import UserError
 from quantize.evaluate import Sample, batches
-from quantize.layers import Coverage
 from quantize.schemes import Scheme, Target
 from train.backends import Backend, initialise_adapters
+from train.refusals import refuse_late_start, refuse_low_coverage
 from train.trainer import build_trainer
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from train.config import RunConfig
 
@@ -119,45 +119,6 @@ def build_learner(
     return Learner(model=model, prepared=prepared, dtype=dtype, backend=backend)
 
 
-def refuse_low_coverage(coverage: Coverage, scheme: Scheme, least: float) -> None:
-    """Raises UserError, with the layers and why they are left out, where too few weights would be quantised."""
-    share = coverage.quantized_fraction
-    if share < least:
-        left = {name: reason for name, reason in coverage.skipped.items() if name.rsplit(".", 1)[-1] not in scheme.skip}
-        first = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
-        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        raise UserError(
-            f"{scheme.name} reaches {share:.1%} of the weights, below fake_quant.min_coverage={least} "
-            f"({first}{more}); choose another quantize.group_size or lower the bound"
-        )
-
-
-def refuse_misplaced_adapters(shape: nn.Module, config: RunConfig) -> None:
-    """Adds the adapters to a model without weights (meta device), to find before training where they do not fit.
-
-    Raises:
-        UserError: `lora.target_modules` names nothing in the model, or layers whose adapters cannot be merged.
-    """
-    import peft
-
-    from train.backends.peft import lora_settings
-
-    assert config.lora is not None
-    if config.model.backend == "unsloth" and config.lora.target_modules == "all-linear":
-        return  # unsloth is given the linear layers' names
-    try:
-        wrapped = peft.get_peft_model(shape, lora_settings(config.lora))
-    except ValueError as error:
-        raise UserError(f"lora.target_modules={config.lora.target_modules}: {error}") from error
-    refuse_unmergeable(wrapped)
-
-
-def refuse_late_start(start: float, steps: int) -> None:
-    """Raises UserError where a fine-tuning of so many steps ends before fake quantisation is switched on."""
-    if first_step(start, steps) >= steps:
-        raise UserError(f"fake_quant.start={start} would never be reached: the fine-tuning has {steps} steps")
-
-
 def save_adapter(learner: Learner, folder: Path) -> None:
     """Writes the adapter (peft's format), or the full weights where there is none, and the ranges' factors."""
     learner.model.save_pretrained(folder)
@@ -204,7 +165,7 @@ def fit(
         True when finished, False when stopped.
 
     Raises:
-        UserError: the loss is NaN or infinite.
+        UserError: the loss is NaN or infinite; `fake_quant.start` lies behind the last step.
     """
     import transformers
 

@@ -87,7 +87,7 @@ class Stages:
         """Refuses, before any training, a format that reaches too little of the model, and adapters that do not fit."""
         from quantize.convert import inspect_model
         from quantize.layers import select_layers
-        from train.fit import refuse_low_coverage, refuse_misplaced_adapters
+        from train.refusals import refuse_low_coverage, refuse_misplaced_adapters
 
         shape = inspect_model(folder, trust_remote_code=self.config.model.trust_remote_code)
         if self.config.qat is not None and self.format is not None:
