@@ -58,7 +58,7 @@ def one_run(options: argparse.Namespace, scheme: str, backend: str, rest: list[s
     """One `train`; its losses by step and a line of results."""
     name = f"{Path(options.config).stem}-{scheme}-{backend}"
     command = [sys.executable, "-m", "train", "--config", options.config]
-    command += [] if scheme == "none" else ["--qat", scheme]
+    command += [] if scheme == "none" else ["--qat", scheme, "--fake-quant.start=0"]
     command += [f"--model.backend={backend}", f"--run.root={options.root}", f"--run.name={name}", *rest]
     started = time.monotonic()
     options.root.mkdir(parents=True, exist_ok=True)

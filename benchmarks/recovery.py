@@ -10,12 +10,14 @@ The 16-bit fine-tune must be at its best first, or QAT "recovers" what better tr
 Every training goes through the code that `train` runs; the shipped model is really quantised, saved and reloaded. Lines
 that --out holds already are skipped, so that a study can be gathered over many sittings; `--processes 8` shares the
 trainings among so many processes on each visible GPU. `control` (the 16-bit fine-tune) is shared by all arms of a seed
-and must be there first; it is trained again where its files are gone, and gives the same numbers to the bit. Every line
-scores two halves of the held-out file apart: switches are chosen by `--summary --split tuning`; `--split heldout` is
-looked at last.
+and must be there first (as `longer` must for `ptq-longer`); it is trained again where its files are gone, and gives the
+same numbers to the bit. Every line scores two halves of the held-out file apart: switches are chosen by `--summary
+--split tuning`; `--split heldout` is looked at last.
 
-Losses are nats per answer token. `recovered` is (ptq - final) / (ptq - control). `exact` is the share of answers whose
-every token is the argmax: what greedy decoding would answer. `gap` is trained minus shipped.
+Losses are nats per answer token. `recovered` is (ptq - final) / (ptq - control); `at equal steps` takes both from the
+16-bit fine-tune that trained for as many steps as the arm: `longer` for the arms that go on from the control. `exact`
+is the share of answers whose every token is the argmax: what greedy decoding would answer. `gap` is trained minus
+shipped.
 """
 
 from __future__ import annotations
@@ -84,8 +86,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "after100-distill-learned-half": {**_AFTER, **_DISTILL, **_LEARNED, **_HALF},
 }
 """Arm -> settings of `fake_quant`; its `learning_rate` here is a multiple of the 16-bit arm's."""
-PLAIN = ("control", "longer")
-"""The 16-bit fine-tune, and it as far as after100-half trains it: 100 more steps at half the rate. No scheme."""
+PLAIN: dict[str, str | None] = {"control": None, "longer": "after100-half", "longer200": "after200-half"}
+"""The 16-bit fine-tune, and it as far as that QAT arm trains it: 100 or 200 more steps at half the rate. No scheme."""
+PTQ = {"ptq": "control", "hqq": "control", "ptq-longer": "longer", "ptq-longer200": "longer200"}
+PTQ |= {"ptq-weights": "control", "ptq-activations": "control"}
+"""Quantised after training -> the 16-bit arm that is quantised. The last two round only the weights of it, or only the
+activations, and tell where the loss comes from; for schemes whose layers multiply restored weights (int8-int4)."""
 SPLITS = ("tuning", "heldout")
 GROUPS = {"int8-int4": 32, "int4": 64, "int3": 32, "int2": 32}
 """The group size of the study, which divides SmolLM2's 576. int4 with groups of 32 is the very grid of the GGUF file
@@ -96,7 +102,7 @@ def main() -> int:
     """Runs what is missing, or prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scheme", nargs="+", default=["int8-int4"])
-    parser.add_argument("--arm", nargs="+", default=["inside"], help=f"{', '.join(PLAIN)}, ptq, hqq, {', '.join(ARMS)}")
+    parser.add_argument("--arm", nargs="+", default=["inside"], help=", ".join([*PLAIN, *PTQ, *ARMS]))
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
     parser.add_argument(
         "--rate", nargs="+", type=float, default=[None], help="default: train.learning_rate of --config"
@@ -230,22 +236,23 @@ class Study:
             "learning_rate": self.config.train.learning_rate,
         }
         done = any(all(row.get(name) == value for name, value in key.items()) for row in read(self.options.out))
-        if done and (arm != "control" or self._control_is_there(seed)):
+        if done and (arm not in PLAIN or self._is_there(arm, seed)):
             return
         if arm != "control":
-            self._wait_for_control(seed)
+            self._wait_for("control", seed)
+            self._wait_for(PTQ.get(arm, "control"), seed)
         started = time.monotonic()
         try:
             if arm in PLAIN:
                 row = self._in_16_bit(arm, seed)
-            elif arm in ("ptq", "hqq"):
+            elif arm in PTQ:
                 row = self._after_training(str(scheme), arm, seed)
             else:
                 row = self._qat(str(scheme), arm, seed)
         except Exception as error:
             print(json.dumps(key | {"failed": repr(error)[:500]}), flush=True)
             return
-        if done:  # a control whose files were gone
+        if done:  # a 16-bit arm whose files were gone
             return
         line = json.dumps(key | row | {"seconds": round(time.monotonic() - started, 1)} | self._provenance())
         print(line, flush=True)
@@ -258,8 +265,9 @@ class Study:
     def _in_16_bit(self, arm: str, seed: int) -> Row:
         home = self._home(arm, seed)
         seconds = 0.0
-        if arm != "control" or not self._control_is_there(seed):
-            seconds = self._train(self._settings(seed, ARMS["after100-half"] if arm == "longer" else {}), home, None)
+        if not self._is_there(arm, seed):
+            recipe = PLAIN[arm]
+            seconds = self._train(self._settings(seed, ARMS[recipe] if recipe else {}), home, None)
         model = self._load(home / "merged")
         return self._scores(model, None) | {"train_seconds": seconds}
 
@@ -270,13 +278,19 @@ class Study:
         from quantize.simulate import simulate_
 
         scheme, target, group = self._format(name)
-        model = self._load(self._home("control", seed) / "merged")
+        model = self._load(self._home(PTQ[arm], seed) / "merged")
         coverage = select_layers(model, scheme, group, target)
-        if arm == "ptq":
+        layers = {fqn: model.get_submodule(fqn) for fqn in coverage.layers}
+        weights = {fqn: layer.weight for fqn, layer in layers.items()}
+        if arm != "hqq":
             simulate_(model, scheme, target, group, coverage)
         else:
-            chosen = set(coverage.layers)
-            quantize_(model, with_hqq(target.config(group)), filter_fn=lambda module, fqn: fqn in chosen)
+            quantize_(model, with_hqq(target.config(group)), filter_fn=lambda module, fqn: fqn in layers)
+        for fqn, layer in layers.items():
+            if arm == "ptq-weights":
+                layer._forward_pre_hooks.clear()
+            elif arm == "ptq-activations":
+                layer.weight = weights[fqn]
         return self._scores(model, seed) | {"layers": len(coverage.layers)}
 
     def _qat(self, name: str, arm: str, seed: int) -> Row:
@@ -317,15 +331,15 @@ class Study:
 
     # ------------------------------------------------------------------ parts
 
-    def _control_is_there(self, seed: int) -> bool:
-        return (self._home("control", seed) / "done").is_file()
+    def _is_there(self, arm: str, seed: int) -> bool:
+        return (self._home(arm, seed) / "done").is_file()
 
-    def _wait_for_control(self, seed: int) -> None:
-        """Another process may be training it."""
+    def _wait_for(self, arm: str, seed: int) -> None:
+        """A 16-bit arm, which another process may be training."""
         limit = 600 if self.options.queue else 0
-        while not self._control_is_there(seed):
+        while not self._is_there(arm, seed):
             if limit <= 0:
-                raise SystemExit(f"seed {seed} has no control yet: run --arm control with this --seed and --rate first")
+                raise SystemExit(f"seed {seed} has no {arm} yet: run --arm {arm} with this --seed and --rate first")
             time.sleep(2)
             limit -= 2
 
@@ -395,10 +409,10 @@ class Study:
         return row | {"gap": trained - row["loss"]}
 
     def _settings(self, seed: int, fake_quant: dict[str, Any]) -> Any:
-        """The config of one training."""
+        """The config of one training. Without a start of its own an arm fake-quantises from the first step."""
         times = fake_quant.get("learning_rate", 1.0)
         rate = {"learning_rate": times * self.config.train.learning_rate}
-        asked = self.config.fake_quant.model_copy(update=fake_quant | rate)
+        asked = self.config.fake_quant.model_copy(update={"start": 0} | fake_quant | rate)
         run = self.config.run.model_copy(update={"seed": seed})
         return self.config.model_copy(update={"fake_quant": asked, "run": run}).for_qat()
 
@@ -587,18 +601,20 @@ def summarise(options: argparse.Namespace) -> int:
 def summarise_rate(rows: list[Row]) -> None:
     """One table."""
     losses = {(row["scheme"], row["arm"], row["seed"]): row["loss"] for row in rows}
-    print("| scheme | arm | seeds | loss | exact match | KL | trained - shipped | recovered | training s |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    titles = ["loss", "exact match", "KL", "trained - shipped", "recovered", "at equal steps", "training s"]
+    print("| scheme | arm | seeds | " + " | ".join(titles) + " |")
+    print("| --- | --- | ---: |" + " ---: |" * len(titles))
     for scheme, arm in dict.fromkeys((row["scheme"], row["arm"]) for row in sorted(rows, key=order)):
         own = [row for row in rows if (row["scheme"], row["arm"]) == (scheme, arm)]
-        shares = list(recovered(own, losses))
+        shares = list(recovered(own, losses, "ptq", "control"))
+        equal = list(recovered(own, losses, *baseline(arm)))
         gaps = [abs(row["gap"]) for row in own if row.get("gap") is not None]
         cells = [
             scheme or "16 bit", arm, str(len(own)), spread([row["loss"] for row in own], 4),
             spread([100 * row["exact"] for row in own], 1) + "%",
             spread([row["kl"] for row in own if row.get("kl") is not None], 4),
             f"{max(gaps):.5f}" if gaps else "-",
-            spread([100 * share for share in shares], 1) + "%" if shares else "-",
+            *(spread([100 * share for share in values], 1) + "%" if values else "-" for values in (shares, equal)),
             spread([row["train_seconds"] for row in own if row.get("train_seconds")], 0),
         ]  # fmt: skip
         print("| " + " | ".join(cells) + " |")
@@ -606,14 +622,22 @@ def summarise_rate(rows: list[Row]) -> None:
 
 def order(row: Row) -> tuple[str, int, str]:
     """Schemes together, the arms without QAT first."""
-    fixed = [*PLAIN, "ptq", "hqq", *ARMS]
-    return row["scheme"] or "", fixed.index(row["arm"]), row["arm"]
+    return row["scheme"] or "", [*PLAIN, *PTQ, *ARMS].index(row["arm"]), row["arm"]
 
 
-def recovered(rows: list[Row], losses: dict[Any, float]) -> Iterator[float]:
-    """(ptq - final) / (ptq - control) of each seed that has all three."""
+def baseline(arm: str) -> tuple[str, str]:
+    """The arms to measure `recovered` from, (quantised, 16 bit), that trained for as many steps as `arm` in all."""
+    settings = ARMS.get(arm, {})
+    plain = PTQ.get(arm, "control")
+    if settings.get("initial") == "control":
+        plain = "longer" if "max_steps" in settings else "longer200"
+    return plain.replace("control", "ptq").replace("longer", "ptq-longer"), plain
+
+
+def recovered(rows: list[Row], losses: dict[Any, float], quantised: str, plain: str) -> Iterator[float]:
+    """(quantised - final) / (quantised - plain) of each seed that has all three."""
     for row in rows:
-        ptq, control = losses.get((row["scheme"], "ptq", row["seed"])), losses.get((None, "control", row["seed"]))
+        ptq, control = losses.get((row["scheme"], quantised, row["seed"])), losses.get((None, plain, row["seed"]))
         if ptq is not None and control is not None and row["arm"] not in (*PLAIN, "ptq"):
             yield (ptq - row["loss"]) / (ptq - control)
 

@@ -93,8 +93,9 @@ class FakeQuantConfig(Section):
 
     placement: Literal["inside", "outside"] = "inside"
     """inside = fake-quantise W + s*B@A, the weight that ships; outside = W alone, as other tools do (to compare)."""
-    start: int | float = Field(default=0, ge=0)
-    """Switch fake quantisation on at this step; a fraction such as 0.2 is a share of all steps."""
+    start: int | float | None = Field(default=None, ge=0)
+    """Switch fake quantisation on at this step; a fraction such as 0.2 is a share of all steps, 0 means from the first
+    on. null = 0.5, which docs/RESULTS.md found best; but 0 with initial=control and with placement=outside."""
     initial: Literal["base", "control"] = "base"
     """Train the base model, or the finished 16-bit fine-tune further (eval.control): a short QAT phase after it."""
     max_steps: int | None = Field(default=None, ge=1)
@@ -113,6 +114,13 @@ class FakeQuantConfig(Section):
     """Learning rate of the ranges' factors, which start near 1."""
     min_coverage: float = Field(default=0.9, ge=0, le=1)
     """Stop where a smaller share of the layers' linear weights can be quantised."""
+
+    @property
+    def starts_at(self) -> int | float:
+        """`start`, or what null stands for."""
+        if self.start is not None:
+            return self.start
+        return 0 if self.initial == "control" or self.placement == "outside" else 0.5
 
 
 class TrainConfig(Section):

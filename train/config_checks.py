@@ -152,7 +152,7 @@ def _recovery(config: RunConfig) -> Iterator[Problem]:
                 "or fake_quant.distill=0"
             )
             yield Problem(("fake_quant.distill", "lora"), text)
-        if asked.teacher == "start" and asked.start == 0 and asked.initial == "base":
+        if asked.teacher == "start" and asked.starts_at == 0 and asked.initial == "base":
             text = (
                 "fake_quant.teacher=start with fake_quant.start=0 is the untouched model, which has not learned the "
                 "task; set fake_quant.start (0.5, say), teacher=control with eval.control=true, or teacher=base"
@@ -194,7 +194,7 @@ def _random(config: RunConfig) -> Iterator[Problem]:
 
 
 def _steps(config: RunConfig) -> Iterator[Problem]:
-    start, steps, warmup = config.fake_quant.start, config.train.max_steps, config.train.warmup_steps
+    start, steps, warmup = config.fake_quant.starts_at, config.train.max_steps, config.train.warmup_steps
     qat_steps = config.for_qat().train.max_steps
     if steps == 0:
         text = "train.max_steps=0 trains nothing; use -1 for whole epochs, or `quantize convert MODEL` to quantise only"

@@ -111,7 +111,7 @@ def build_learner(
             placement=config.fake_quant.placement,
             ranges=config.fake_quant.ranges,
             learned_scales=config.fake_quant.learned_scales,
-            enabled=config.fake_quant.start == 0,
+            enabled=config.fake_quant.starts_at == 0,
         )
         refuse_low_coverage(prepared.coverage, plan.scheme, config.fake_quant.min_coverage)
         if adapter is not None:
@@ -170,10 +170,12 @@ def fit(
     import transformers
 
     schedule = _schedule(learner, config, folder, teacher)
-    trainer = build_trainer(learner, config, tokenizer, dataset, folder, schedule)
+    with learner.computing():  # unsloth reads whether to autocast when the trainer is made, too
+        trainer = build_trainer(learner, config, tokenizer, dataset, folder, schedule)
     last = last_checkpoint(folder)
     if last is not None:
         load_factors(learner.prepared, last)
+    _rehearse(learner, dataset)
     with ExitStack() as contexts:
         callback = _callback(learner, schedule, contexts, on_step, should_stop)
         trainer.add_callback(callback)
@@ -204,7 +206,7 @@ def _schedule(learner: Learner, config: RunConfig, folder: Path, teacher: Path |
         assert teacher is not None
         adapter = read_adapter(teacher)
     return Schedule(
-        learner.model, learner.prepared, start=asked.start, distill=asked.distill, adapter=adapter, folder=folder
+        learner.model, learner.prepared, start=asked.starts_at, distill=asked.distill, adapter=adapter, folder=folder
     )
 
 
@@ -262,6 +264,20 @@ def _is_number(value: Any) -> bool:
         return math.isfinite(float(value))
     except (TypeError, ValueError):
         return False
+
+
+def _rehearse(learner: Learner, dataset: Any) -> None:
+    """Computes one row with fake quantisation that starts later: what would fail then fails before any training."""
+    prepared = learner.prepared
+    if prepared is None or prepared.enabled:
+        return
+    chosen = prepared.ranges_chosen
+    prepared.switch_on()
+    backend_loss(learner, [Sample(dataset[0]["input_ids"], dataset[0]["loss_mask"])], batch_size=1)
+    _check_that_it_ran(learner)
+    prepared.switch_off()
+    prepared.ranges_chosen = chosen
+    prepared.calls.clear()
 
 
 def _check_that_it_ran(learner: Learner) -> None:

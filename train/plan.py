@@ -162,7 +162,8 @@ def _method(config: RunConfig) -> str:
     """What `fake_quant` asks for, in words."""
     asked = config.fake_quant
     words = [f"adapter {asked.placement}"]
-    words += [f"from {asked.start} on"] if asked.start else []
+    first = f"{asked.starts_at:.0%} of the" if asked.starts_at < 1 else asked.starts_at
+    words += [f"16 bit for the first {first} steps"] if asked.starts_at else []
     words += ["on from the control's adapter"] if asked.initial == "control" else []
     words += [f"{asked.ranges} ranges"] if asked.ranges != "minmax" else []
     words += ["learned scales"] if asked.learned_scales else []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from fitting import fit_config, fitted, never_started_is_never_inserted
 from tiny_models import IDS, gradients, logits_of, tiny_model, with_lora
 
+import train.fit
 from qat.distill import Teacher, adapter_weights, answer_divergence
 from qat.prepare import prepare_qat
 from qat.schedule import Schedule
@@ -98,6 +101,45 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(switches: str, hom
         assert _equal(resumed.adapter, whole.adapter), f"stopped after {stop_after}"
 
 
+def test_the_first_half_is_16_bit_unless_asked_otherwise(home: Path) -> None:
+    plain = fitted(fit_config(), home / "16 bit", qat=False)
+    run, half = fitted(fit_config(), home / "default"), fitted(fit_config(start=0.5), home / "half")
+    assert run.losses == half.losses and run.losses[:3] == plain.losses[:3] and _equal(run.adapter, half.adapter)
+    at_once = fitted(fit_config(start=0), home / "at once")
+    assert at_once.losses[0] != plain.losses[0]
+    outside = fitted(fit_config(placement="outside"), home / "outside")
+    assert outside.losses[0] != plain.losses[0], "peers' method begins at once"
+
+
+def test_what_fails_at_the_start_fails_before_the_first_step(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qat.prepare.Prepared.silent", lambda self: list(self.layers)[:1])
+    steps: list[int] = []
+    monkeypatch.setattr("qat.schedule.Schedule.before_step", lambda *arguments: steps.append(1))
+    with pytest.raises(UserError, match=r"1 fake-quantised layers never ran, the first is model\.layers\.0"):
+        fitted(fit_config(start=4), home / "silent")
+    assert not steps
+
+
+def test_the_trainer_is_made_under_the_backends_settings(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Unsloth turns autocast on while the trainer is made, unless its variable says otherwise (seen on CUDA).
+    held: list[str] = []
+    make = train.fit.build_trainer
+
+    @contextmanager
+    def computing(self: Any, names: Any, *, dtype: str, logits: bool = False) -> Iterator[None]:
+        held.append(dtype)
+        yield
+        held.pop()
+
+    def build(*arguments: Any) -> Any:
+        assert held == ["float32"]
+        return make(*arguments)
+
+    monkeypatch.setattr("train.backends.peft.PeftBackend.computing", computing)
+    monkeypatch.setattr("train.fit.build_trainer", build)
+    assert fitted(fit_config(), home / "settings").finished
+
+
 def test_a_start_behind_the_end_is_refused_before_the_first_step(home: Path) -> None:
     with pytest.raises(UserError, match=r"fake_quant\.start=6 would never be reached: the fine-tuning has 6 steps"):
         fitted(fit_config(start=6), home / "too late")
@@ -121,7 +163,7 @@ def test_ranges_are_chosen_of_the_weights_at_the_start(home: Path) -> None:
     at_start = _factors_of(delayed, "mse")
     begun = fitted(fit_config(start=5, ranges="mse", lora={"lora_alpha": 64}), home / "late mse")
     assert _equal({name: factor.detach() for name, factor in begun.learner.prepared.factors.items()}, at_start)
-    at_once = fitted(fit_config(ranges="mse", lora={"lora_alpha": 64}), home / "early mse")
+    at_once = fitted(fit_config(start=0, ranges="mse", lora={"lora_alpha": 64}), home / "early mse")
     assert not _equal(at_once.learner.prepared.factors, at_start), "the case is meant to tell them apart"
 
 

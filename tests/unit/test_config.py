@@ -151,6 +151,7 @@ class TestOverrides:
             (["--eval.control", "False"], "eval.control", False),
             (["--fake_quant.start=5"], "fake_quant.start", 5),
             (["--fake-quant.start=0.25"], "fake_quant.start", 0.25),
+            (["--fake-quant.start=None"], "fake_quant.start", None),
             (["--model.random=None"], "model.random", None),
             (["--model.revision=123"], "model.revision", "123"),
             (["--run.name=2026-11-24"], "run.name", "2026-11-24"),
@@ -180,6 +181,22 @@ class TestOverrides:
         found = value_at(load_config(config_file, words), key)
         assert found == value
         assert type(found) is type(value)
+
+    @pytest.mark.parametrize(
+        ("words", "first"),
+        [
+            ([], 0.5),
+            (["--fake_quant.start=0"], 0),
+            (["--fake_quant.start=3"], 3),
+            (["--fake_quant.placement=outside"], 0),
+            (["--fake_quant.initial=control", "--eval.control=True"], 0),
+            (["--fake_quant.initial=control", "--eval.control=True", "--fake_quant.start=0.2"], 0.2),
+        ],
+    )
+    def test_qat_starts_half_way_unless_something_else_is_asked(
+        self, config_file: Path, words: list[str], first: float
+    ) -> None:
+        assert load_config(config_file, ["--qat=int4", *words]).fake_quant.starts_at == first
 
     def test_other_values_stay(self, tmp_path: Path) -> None:
         path = write(tmp_path, MINIMAL + "train: {max_steps: 5, learning_rate: 1e-4}\nlora: {r: 4, lora_alpha: 8}\n")
@@ -297,7 +314,7 @@ class TestErrors:
             ("--model.random=3", "one of tiny, full, or null"),
             ("--data.train_samples=0", "a whole number >= 1, or null"),
             ("--data.eval_samples=0", "a whole number >= 1"),
-            ("--fake_quant.start=-1", "a number >= 0"),
+            ("--fake_quant.start=-1", "a number >= 0, or null"),
             ("--lora.lora_dropout=1", "a number >= 0 and < 1"),
             ("--lora=5", "a section with keys, or null"),
             ("--train=5", "a section with keys"),
@@ -368,7 +385,10 @@ class TestContradictions:
                 ["--qat=int4", "--lora.use_dora=True", "--model.backend=peft"],
                 ["lora.use_dora is not supported together with qat yet"],
             ),
-            (["--qat=int4", "--fake_quant.distill=0.5"], ["teacher=start", "start=0", "teacher=control"]),
+            (
+                ["--qat=int4", "--fake_quant.distill=0.5", "--fake_quant.start=0"],
+                ["teacher=start", "start=0", "teacher=control"],
+            ),
             (
                 ["--qat=int4", "--fake_quant.distill=0.5", "--fake_quant.teacher=control"],
                 ["fake_quant.teacher=control", "eval.control=true"],
@@ -432,6 +452,7 @@ class TestContradictions:
             ["--qat=int4", "--lora.lora_dropout=0.1"],
             ["--qat=int4", "--quantize.target=cpu", "--quantize.dtype=float32"],
             ["--qat=int4", "--fake_quant.distill=0.5", "--fake_quant.start=0.5"],
+            ["--qat=int4", "--fake_quant.distill=0.5"],
             ["--qat=int4", "--fake_quant.distill=1.0", "--fake_quant.teacher=base"],
             ["--qat=int4", "--fake_quant.distill=0.5", "--fake_quant.teacher=control", "--eval.control=True"],
             ["--qat=int4", "--fake_quant.distill=0.5", "--fake_quant.initial=control", "--eval.control=True"],
