@@ -87,6 +87,7 @@ def main() -> None:
                 seen.add(row["messages"][0]["content"])
                 chosen.append(row)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in chosen]
+        options.output.mkdir(parents=True, exist_ok=True)
         (options.output / f"reasoning_{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 

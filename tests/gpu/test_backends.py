@@ -36,3 +36,18 @@ def test_unsloth_and_peft_train_alike_in_float32(tmp_path: Path) -> None:
         metrics = json.loads((tmp_path / backend / "metrics.json").read_text())
         assert abs(metrics["backend_gap"]) < 1e-5
     assert losses["unsloth"] == pytest.approx(losses["peft"], abs=1e-4)
+
+
+def test_unsloth_goes_from_16_bit_to_fake_quantisation_half_way(tmp_path: Path) -> None:
+    # Until the switch unsloth compiles each decoder layer as one region, then its fused kernels call the projections.
+    command = [sys.executable, "-m", "train", "--config", "tiny.yaml", "--qat=int8-int4", "--model.backend=unsloth"]
+    command += ["--eval.control=True", f"--run.root={tmp_path}", "--run.name=half"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    events = map(json.loads, (tmp_path / "half" / "events.jsonl").read_text().splitlines())
+    losses = [event["loss"] for event in events if event["kind"] == "step"]
+    control, tuned = losses[: len(losses) // 2], losses[len(losses) // 2 :]
+    half = len(tuned) // 2
+    assert tuned[:half] == pytest.approx(control[:half], abs=1e-3)
+    assert tuned[half:] != pytest.approx(control[half:], abs=1e-3)
+    assert json.loads((tmp_path / "half" / "metrics.json").read_text())["train_ship_gap"] == 0
