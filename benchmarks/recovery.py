@@ -631,7 +631,7 @@ def baseline(arm: str) -> tuple[str, str]:
     plain = PTQ.get(arm, "control")
     if settings.get("initial") == "control":
         plain = "longer" if "max_steps" in settings else "longer200"
-    return plain.replace("control", "ptq").replace("longer", "ptq-longer"), plain
+    return next(quantised for quantised, of in PTQ.items() if of == plain), plain  # the first of it is plain PTQ
 
 
 def recovered(rows: list[Row], losses: dict[Any, float], quantised: str, plain: str) -> Iterator[float]:
