@@ -10,6 +10,7 @@ from __future__ import annotations
 import types
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -73,6 +74,20 @@ class Prepared:
             if hasattr(module, "base_layer"):
                 del module.base_layer._modules[_MARK]
         self.enabled = False
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """On for the time of a `with`; what is done there leaves no trace in the counts and the choice of ranges."""
+        before = self.enabled, self.ranges_chosen, self.calls.copy()
+        self.switch_on()
+        try:
+            yield
+        finally:
+            enabled, self.ranges_chosen, calls = before
+            self.calls.clear()
+            self.calls.update(calls)
+            if not enabled:
+                self.switch_off()
 
     @property
     def factors(self) -> dict[str, Tensor]:

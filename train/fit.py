@@ -268,16 +268,11 @@ def _is_number(value: Any) -> bool:
 
 def _rehearse(learner: Learner, dataset: Any) -> None:
     """Computes one row with fake quantisation that starts later: what would fail then fails before any training."""
-    prepared = learner.prepared
-    if prepared is None or prepared.enabled:
+    if learner.prepared is None or learner.prepared.enabled:
         return
-    chosen = prepared.ranges_chosen
-    prepared.switch_on()
-    backend_loss(learner, [Sample(dataset[0]["input_ids"], dataset[0]["loss_mask"])], batch_size=1)
-    _check_that_it_ran(learner)
-    prepared.switch_off()
-    prepared.ranges_chosen = chosen
-    prepared.calls.clear()
+    with learner.prepared.trial():
+        backend_loss(learner, [Sample(dataset[0]["input_ids"], dataset[0]["loss_mask"])], batch_size=1)
+        _check_that_it_ran(learner)
 
 
 def _check_that_it_ran(learner: Learner) -> None:

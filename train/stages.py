@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.evaluate import Scores, read_samples
+from quantize.evaluate import Scores
 from quantize.gate import check_gap
-from quantize.grid import save_grid
 from quantize.numerics import VERSION
 from quantize.schemes import find_scheme
 from train.events import Event, Sinks
@@ -211,65 +208,34 @@ class Stages:
         plan: QatPlan | None,
         control: Tuned | None = None,
     ) -> Tuned:
-        from train.fit import backend_loss, build_learner, fit, save_adapter
-        from train.merge import write_merged
+        from train.tuning import Tuning
 
-        config, home = self.config.for_qat() if plan else self.config, self._home(arm)
-        asked, control_adapter = config.fake_quant, self._home("control") / "adapter"
+        config = self.config.for_qat() if plan else self.config
         training = [config.lora and config.lora.model_dump(), config.train.model_dump(), config.data.packing]
         key = fingerprint_of(self.model_key, self.data_key, training, config.run.seed, self.dtype, self.merged_dtype)
-        key = fingerprint_of(key, config.model.backend, plan and [self._format_key(), asked.model_dump()])
-        if control is not None and "control" in (asked.initial, asked.teacher):
+        key = fingerprint_of(key, config.model.backend, plan and [self._format_key(), config.fake_quant.model_dump()])
+        if control is not None and "control" in (config.fake_quant.initial, config.fake_quant.teacher):
             key = fingerprint_of(key, control.result)
-        learner = None
+        tuning = Tuning(
+            arm=arm,
+            config=config,
+            backend=backend,
+            model=model,
+            data=data,
+            plan=plan,
+            directory=self.directory,
+            key=key,
+            dtype=self.dtype,
+            merged_dtype=self.merged_dtype,
+        )
 
         def train() -> dict[str, Any]:
-            nonlocal learner
-            start = control_adapter if plan and asked.initial == "control" else None
-            _drop_others(home / "checkpoints", key)
-            learner = build_learner(config, backend, model.folder, plan, dtype=self.dtype, adapter=start)
-            self.stop.graceful = True
-            try:
-                done = fit(
-                    learner,
-                    config,
-                    self.tokenizer(model.folder),
-                    data.train,
-                    home / "checkpoints",
-                    self._step(arm),
-                    lambda: self.stop.requested,
-                    teacher=control_adapter,
-                )
-            finally:
-                self.stop.graceful = False
-            if not done:
-                raise self.stop.stopped()
-            with self.directory.commit_folder(str((home / "adapter").relative_to(self.directory.path))) as folder:
-                save_adapter(learner, folder)
-            return {"coverage": learner.prepared.coverage.as_dict() if learner.prepared else None}
+            return tuning.train(self.tokenizer(model.folder), self._step(arm), self.stop)
 
         trained = self.log.run(f"fit-{arm}", key, train)
-
-        def merge() -> dict[str, Any]:
-            ready = learner or build_learner(
-                config, backend, model.folder, plan, dtype=self.dtype, adapter=home / "adapter"
-            )
-            loss = None
-            if ready.prepared is not None:
-                ready.prepared.switch_on()  # a delayed start leaves it off, where a resumed run loads the finished fit
-            if arm == "tuned":
-                loss = backend_loss(ready, read_samples(self._eval_data), config.eval.batch_size)
-            if ready.prepared is not None and asked.placement == "inside":
-                with self.directory.commit_folder("grid") as folder:
-                    save_grid(folder, ready.prepared.grid())
-            with self.directory.commit_folder(str((home / "merged").relative_to(self.directory.path))) as folder:
-                write_merged(ready, model.folder, folder, dtype=self.merged_dtype, settings=config.model)
-            return {"backend_loss": loss, "key": key, **trained}
-
-        result = self.log.run(f"merge-{arm}", key, merge)
-        learner = None
-        _free_memory()
-        return Tuned(home / "merged", result)
+        result = self.log.run(f"merge-{arm}", key, lambda: tuning.merge(self._eval_data) | trained)
+        tuning.free()
+        return Tuned(tuning.merged, result)
 
     @property
     def _grid(self) -> str | None:
@@ -429,29 +395,9 @@ class Stages:
         path = self._scores(arm)
         return Scores.load(path) if path.is_file() else None
 
-    def _home(self, arm: str) -> Path:
-        return self.directory.path if arm == "tuned" else self.directory.path / arm
-
     def _format_key(self) -> Any:
         return None if self.format is None else self.format.job()
 
 
-def _drop_others(checkpoints: Path, key: str) -> None:
-    """Removes checkpoints of other inputs, which would be trained on; marks the folder as that of `key`."""
-    marker = checkpoints / "fingerprint"
-    if checkpoints.is_dir() and not (marker.is_file() and marker.read_text(encoding="utf-8") == key):
-        shutil.rmtree(checkpoints)
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    marker.write_text(key, encoding="utf-8")
-
-
 def _weights_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def _free_memory() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,30 @@ def test_a_switch_is_told_once(tmp_path: Path) -> None:
     prepared = prepare_qat(with_lora(tiny_model()), "int3", enabled=False)
     schedule = Schedule(None, prepared, start=2, folder=tmp_path)
     assert [schedule.before_step(step, 5) for step in range(5)] == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "mse"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_trial_leaves_no_trace(ranges: str, fails: bool) -> None:
+    model = with_lora(tiny_model())
+    before = logits_of(model)
+    prepared = prepare_qat(model, "int3", ranges=ranges, enabled=False)
+    with pytest.raises(ValueError) if fails else nullcontext(), prepared.trial():
+        assert prepared.enabled and not torch.equal(logits_of(model), before) and not prepared.silent()
+        if fails:
+            raise ValueError
+    assert not prepared.enabled and not prepared.ranges_chosen and len(prepared.silent()) == len(prepared.layers)
+    assert torch.equal(logits_of(model), before)
+
+
+def test_a_trial_of_what_is_on_leaves_it_on() -> None:
+    model = with_lora(tiny_model())
+    prepared = prepare_qat(model, "int3")
+    logits_of(model)
+    counts = prepared.calls.copy()
+    with prepared.trial():
+        logits_of(model)
+    assert prepared.enabled and prepared.calls == counts
 
 
 # ---------------------------------------------------------------------- training
