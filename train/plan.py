@@ -250,10 +250,12 @@ def coverage_obstacles(config: RunConfig, size: ModelSize) -> Iterator[str]:
     share = sum(line.weights for line in size.linears if line.inputs % group == 0) / size.linear_weights
     if share < (config.fake_quant.min_coverage if config.qat else 1e-9):
         layers = ", ".join(f"{name}: {inputs}" for inputs, name in left_out.items())
+        offered = find_scheme(config.scheme_name).group_sizes
+        fitting = [str(n) for n in offered if all(line.inputs % n == 0 for line in size.linears)]
         yield (
             f"quantize.group_size={group} reaches {share:.0%} of the linear weights: group size {group} does not "
-            f"divide the in_features of {layers}; {config.scheme_name} also offers "
-            + (", ".join(str(n) for n in find_scheme(config.scheme_name).group_sizes if n != group) or "no other")
+            f"divide the in_features of {layers}; "
+            + (f"use {' or '.join(fitting)}" if fitting else f"no group size of {config.scheme_name} divides them all")
         )
 
 

@@ -238,6 +238,17 @@ class TestDryRun:
         assert "steps" in text.out
         assert "error: data.train: there is no file gone.jsonl" in text.err
         assert "group size 256 does not divide" in text.err
+        assert "; use 32 or 64 or 128" in text.err
+
+    @pytest.mark.parametrize(
+        ("hidden", "advice"), [(96, "; use 32\n"), (80, "; no group size of int4 divides them all\n")]
+    )
+    def test_only_group_sizes_that_fit_are_advised(
+        self, hidden: int, advice: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        shape = [f"--model.shape.{name}={hidden}" for name in ("hidden_size", "intermediate_size")]
+        assert main(["--config=tiny.yaml", "--dry-run", "--qat=int4", *shape]) == 2
+        assert advice in capsys.readouterr().err
 
     def test_no_gpu_for_the_target(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(plan_module, "_has_nvidia", lambda: False)
