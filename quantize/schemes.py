@@ -161,11 +161,15 @@ class Scheme:
     skip: tuple[str, ...] = ("lm_head",)
     """Last parts of module names that keep 16 bit."""
 
+    def offered_group_sizes(self, target: Target | None = None) -> tuple[int, ...]:
+        """The group sizes that may be asked for, at `target` where its kernel takes fewer; empty = not adjustable."""
+        return (target.group_sizes if target is not None else ()) or self.group_sizes
+
     def pick_group_size(self, asked: int | None, target: Target | None = None) -> int | None:
         """The group size to use. Raises UserError where this scheme, or its kernel at `target`, does not offer it."""
         size = self.group_size if asked is None else asked
         limited = target is not None and target.group_sizes
-        offered = (target.group_sizes if target is not None else ()) or self.group_sizes
+        offered = self.offered_group_sizes(target)
         if asked is None and not limited:
             return size
         if size not in offered:

@@ -245,17 +245,22 @@ def coverage_obstacles(config: RunConfig, size: ModelSize) -> Iterator[str]:
     """A group size that does not divide in_features leaves that layer in 16 bit."""
     if config.scheme_name is None:
         return
-    group = config.quantize.group_size or find_scheme(config.scheme_name).group_size or 1
+    scheme = find_scheme(config.scheme_name)
+    group = config.quantize.group_size or scheme.group_size or 1
     left_out = {line.inputs: line.name for line in size.linears if line.inputs % group}
     share = sum(line.weights for line in size.linears if line.inputs % group == 0) / size.linear_weights
     if share < (config.fake_quant.min_coverage if config.qat else 1e-9):
         layers = ", ".join(f"{name}: {inputs}" for inputs, name in left_out.items())
-        offered = find_scheme(config.scheme_name).group_sizes
+        targets = scheme.eligible(config.quantize.target)
+        offered = sorted({n for target in targets for n in scheme.offered_group_sizes(target)})
         fitting = [str(n) for n in offered if all(line.inputs % n == 0 for line in size.linears)]
+        advice = f"use {' or '.join(fitting)}"
+        if not fitting:
+            advice = f"no group size of {scheme.name} divides them all: choose another scheme"
+            advice += ", or lower fake_quant.min_coverage" if config.qat else ""
         yield (
             f"quantize.group_size={group} reaches {share:.0%} of the linear weights: group size {group} does not "
-            f"divide the in_features of {layers}; "
-            + (f"use {' or '.join(fitting)}" if fitting else f"no group size of {config.scheme_name} divides them all")
+            f"divide the in_features of {layers}; {advice}"
         )
 
 

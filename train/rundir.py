@@ -111,8 +111,8 @@ class RunDir:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
     @contextmanager
-    def commit_folder(self, name: str) -> Iterator[Path]:
-        """A folder that appears under `name` only when it is whole and on disk."""
+    def commit_folder(self, name: str | Path) -> Iterator[Path]:
+        """A folder that appears under `name`, in this directory, only when it is whole and on disk."""
         final = self.path / name
         partial = final.with_name(final.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)

@@ -82,7 +82,7 @@ class Tuning:
             stop.graceful = False
         if not done:
             raise stop.stopped()
-        with self._commit(self._home(self.arm) / "adapter") as folder:
+        with self.directory.commit_folder(self._home(self.arm) / "adapter") as folder:
             save_adapter(self.learner, folder)
         prepared = self.learner.prepared
         return {"coverage": prepared.coverage.as_dict() if prepared else None}
@@ -100,9 +100,9 @@ class Tuning:
         if self.arm == "tuned":
             loss = backend_loss(learner, read_samples(samples), self.config.eval.batch_size)
         if learner.prepared is not None and self.config.fake_quant.placement == "inside":
-            with self._commit(self.directory.path / "grid") as folder:
+            with self.directory.commit_folder("grid") as folder:
                 save_grid(folder, learner.prepared.grid())
-        with self._commit(self.merged) as folder:
+        with self.directory.commit_folder(self.merged) as folder:
             write_merged(learner, self.model.folder, folder, dtype=self.merged_dtype, settings=self.config.model)
         return {"backend_loss": loss, "key": self.key}
 
@@ -120,9 +120,6 @@ class Tuning:
 
     def _home(self, arm: str) -> Path:
         return self.directory.path if arm == "tuned" else self.directory.path / arm
-
-    def _commit(self, folder: Path) -> Any:
-        return self.directory.commit_folder(str(folder.relative_to(self.directory.path)))
 
 
 def _drop_others(checkpoints: Path, key: str) -> None:

@@ -241,13 +241,25 @@ class TestDryRun:
         assert "; use 32 or 64 or 128" in text.err
 
     @pytest.mark.parametrize(
-        ("hidden", "advice"), [(96, "; use 32\n"), (80, "; no group size of int4 divides them all\n")]
+        ("hidden", "asked", "advice"),
+        [
+            (96, "--qat=int4", "; use 32\n"),
+            (
+                80,
+                "--qat=int4",
+                "no group size of int4 divides them all: choose another scheme, or lower fake_quant.min",
+            ),
+            (80, "--quantize.scheme=int4", "divides them all: choose another scheme\n"),
+            (96, "--quantize.target=cuda-sm90-mslk", "no group size of int4 divides them all"),  # it has no 32
+        ],
     )
     def test_only_group_sizes_that_fit_are_advised(
-        self, hidden: int, advice: str, capsys: pytest.CaptureFixture[str]
+        self, hidden: int, asked: str, advice: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         shape = [f"--model.shape.{name}={hidden}" for name in ("hidden_size", "intermediate_size")]
-        assert main(["--config=tiny.yaml", "--dry-run", "--qat=int4", *shape]) == 2
+        shape += ["--model.shape.num_attention_heads=2", f"--model.shape.head_dim={hidden // 2}"]
+        options = [asked] if "int4" in asked else ["--qat=int4", asked]
+        assert main(["--config=tiny.yaml", "--dry-run", *options, *shape]) == 2
         assert advice in capsys.readouterr().err
 
     def test_no_gpu_for_the_target(self, monkeypatch: pytest.MonkeyPatch) -> None:
