@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.linear import merged_weight
+from qat.kernels import merged_weight
 from quantize.errors import UserError
 from quantize.layers import is_plain_linear, plain_name
 

@@ -1,4 +1,4 @@
-"""The linear layer of QAT with the adapter inside the fake quantiser: y = fq_a(x) fq_w(W + s B A)^T.
+"""The linear layers of QAT with the adapter inside the fake quantiser: y = fq_a(x) fq_w(W + s B A)^T.
 
 Gradients pass both round trips unchanged (the straight-through estimator, Bengio et al. 2013, arXiv 1308.3432), so that
 no dense weight gradient is ever built (L4Q, arXiv 2402.04902):
@@ -8,18 +8,24 @@ no dense weight gradient is ever built (L4Q, arXiv 2402.04902):
 Only where the range of a group has a factor of its own does the format clip, and then the dense gradient is needed: to
 leave out the weights that clip, and to move the factor. It lives within one layer's backward pass.
 
-Shapes: `O` out_features, `I` in_features, `G` groups, `R` rank; x is (..., I), A is (R, I), B is (O, R).
+Layers that share an input (q, k and v; gate and up) are one function of it: the input is rounded once, kept once, and
+its products with all their adapters are one product. A gated MLP is one function too, which keeps what LoRA's own keeps.
+
+Shapes: `N` tokens, `O` out_features, `I` in_features, `G` groups, `R` rank; x is (..., I), A is (R, I), B is (O, R).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from qat.cache import Weight, WeightCache
+from qat.kernels import Layer, Path, merged_weight, path_of
 from quantize.numerics import Numbers, Quantised, range_gradient
 
 
@@ -35,6 +41,9 @@ class LayerNumerics:
         scaling: LoRA's s.
         calls: counts, by layer name, how often fake quantisation ran; shared by all layers of the model.
         factor: (O, G) multiplies each group's range; learned where it requires a gradient. None: 1, exactly.
+        fused: use the fused kernels where there are some.
+        keep: keep the fake-quantised weight from forward to backward; False makes it again where that saves memory.
+        cache: of fake-quantised weights; shared by all layers of the model.
     """
 
     name: str
@@ -44,99 +53,314 @@ class LayerNumerics:
     scaling: float
     calls: Counter[str]
     factor: Tensor | None = None
+    fused: bool = True
+    keep: bool = True
+    cache: WeightCache = field(default_factory=lambda: WeightCache(limit=0))
 
-    def quantise(self, merged: Tensor) -> Quantised:
-        """The merged weight (O, I) on the grid that ships."""
-        factor = None if self.factor is None else self.factor.detach()
-        return self.numbers.quantise(merged, self.group_size, self.dtype, factor)
+    def path(self, weight: Tensor) -> Path:
+        """How this layer is computed where `weight` lies."""
+        return path_of(self.numbers, weight, fused=self.fused)
+
+    def layer(self, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None) -> Layer:
+        """The layer with these weights."""
+        return Layer(
+            weight=weight.detach(),
+            lora_a=None if lora_a is None else lora_a.detach(),
+            lora_b=None if lora_b is None else lora_b.detach(),
+            scaling=self.scaling,
+            factor=None if self.factor is None else self.factor.detach(),
+            group_size=self.group_size,
+            dtype=self.dtype,
+        )
+
+    def quantise(self, weight: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None = None) -> Quantised:
+        """W + s B A (O, I) on the grid that ships."""
+        return self.path(weight).quantise(self.layer(weight, lora_a, lora_b))
 
 
-@torch.no_grad()
-def merged_weight(weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float) -> Tensor:
-    """W + s B A in float32, of which the grid's integers are chosen; W itself where there is no adapter.
+class Projection(NamedTuple):
+    """The tensors of one layer; the adapters and the bias may be None. `factor` is `numerics.factor`.
 
-    A bf16 sum would hide every adapter that moves a weight by less than half a step of bf16.
-
-    Args:
-        weight: (O, I). lora_a: (R, I) or None. lora_b: (O, R) or None.
+    `weight` may require a gradient (full fine-tuning).
     """
-    if lora_a is None or lora_b is None:
-        return weight
-    with torch.autocast(weight.device.type, enabled=False):
-        return torch.addmm(weight.float(), lora_b.float(), lora_a.float(), alpha=scaling)
+
+    weight: Tensor
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    bias: Tensor | None
+    factor: Tensor | None
 
 
-class FakeQuantLinear(torch.autograd.Function):
+def fake_quant_linears(
+    x: Tensor, projections: Sequence[Projection], numerics: Sequence[LayerNumerics]
+) -> tuple[Tensor, ...]:
+    """x (..., I) through layers that share it: one output (..., O) each."""
+    tensors = [tensor for projection in projections for tensor in projection]
+    outputs: tuple[Tensor, ...] = _Linears.apply(x, tuple(numerics), *tensors)
+    return outputs
+
+
+def fake_quant_linear(x: Tensor, projection: Projection, numerics: LayerNumerics) -> Tensor:
+    """x (..., I) through one layer: (..., O)."""
+    return fake_quant_linears(x, (projection,), (numerics,))[0]
+
+
+def fake_quant_swiglu(x: Tensor, projections: Sequence[Projection], numerics: Sequence[LayerNumerics]) -> Tensor:
+    """x (..., I) through gate, up and down: down(silu(gate(x)) * up(x))."""
+    tensors = [tensor for projection in projections for tensor in projection]
+    output: Tensor = _SwiGLU.apply(x, tuple(numerics), *tensors)
+    return output
+
+
+_FIELDS = len(Projection._fields)
+
+
+def _projections(tensors: Sequence[Tensor | None]) -> list[Projection]:
+    return [Projection(*tensors[start : start + _FIELDS]) for start in range(0, len(tensors), _FIELDS)]  # type: ignore[arg-type]
+
+
+class _Linears(torch.autograd.Function):
     """Forward with the shipped numbers, backward by the straight-through estimator."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        lora_a: Tensor | None,
-        lora_b: Tensor | None,
-        bias: Tensor | None,
-        factor: Tensor | None,
-        numerics: LayerNumerics,
-    ) -> Tensor:
-        """(..., I) -> (..., O). `weight` may require a gradient (full fine-tuning); the adapters may be None.
+        ctx: Any, x: Tensor, numerics: tuple[LayerNumerics, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        projections = _projections(tensors)
+        compute = _compute_dtype(x, projections[0].weight)
+        path = numerics[0].path(projections[0].weight)
+        with torch.autocast(x.device.type, enabled=False):
+            inputs = path.inputs(x.to(compute))
+            outputs, weights = _products(path, inputs, projections, numerics, compute)
+        _save(ctx, path, (inputs,), projections, weights, numerics)
+        ctx.x_dtype, ctx.compute = x.dtype, compute
+        return tuple(outputs)
 
-        `factor` is `numerics.factor`, named apart so that it can receive a gradient.
-        """
-        device, numbers = x.device.type, numerics.numbers
-        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        with torch.autocast(device, enabled=False):
-            quantised = numerics.quantise(merged_weight(weight, lora_a, lora_b, numerics.scaling))
-            shipped = numbers.restore(quantised, numerics.dtype).to(compute)
-            raw, bias = x.to(compute), None if bias is None else bias.to(compute)
-            inputs = raw if numbers.activation is None else numbers.activation(raw)
-            if numbers.linear is not None:
-                output = numbers.linear(raw, quantised, bias)
-            else:
-                output = numbers.product(inputs, shipped, bias)
-        numerics.calls[numerics.name] += 1
-        ctx.save_for_backward(inputs, shipped, lora_a, lora_b, *((weight, factor) if factor is not None else ()))
-        ctx.numerics, ctx.x_dtype, ctx.weight_dtype = numerics, x.dtype, weight.dtype
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (inputs,), projections, weights = _saved(ctx)
+        with torch.autocast(grads[0].device.type, enabled=False):
+            rows = [grad.to(ctx.compute).reshape(-1, grad.shape[-1]) for grad in grads]
+            shipped = _restored(ctx, projections, weights, range(len(projections)))
+            grad_x = _to_inputs(rows, shipped) if ctx.needs_input_grad[0] else None
+            del shipped
+            flat = ctx.path.restored_inputs(inputs, ctx.compute).flatten(0, -2)
+            needs = _projections(ctx.needs_input_grad[2:])
+            found = _to_parameters(rows, flat, projections, ctx.numerics, needs)
+        if grad_x is not None:
+            grad_x = grad_x.to(ctx.x_dtype).reshape(*grads[0].shape[:-1], -1)
+        return (grad_x, None, *(grad for projection in found for grad in projection))
+
+
+class _SwiGLU(torch.autograd.Function):
+    """A gated MLP. Of what lies between x and the output it keeps gate and up alone, as LoRA's fused kernels do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, numerics: tuple[LayerNumerics, ...], *tensors: Tensor | None) -> Tensor:
+        projections = _projections(tensors)
+        compute = _compute_dtype(x, projections[0].weight)
+        path = numerics[0].path(projections[0].weight)
+        with torch.autocast(x.device.type, enabled=False):
+            inputs = path.inputs(x.to(compute))
+            (gate, up), weights = _products(path, inputs, projections[:2], numerics[:2], compute)
+            (output,), last = _products(path, path.swiglu(gate, up), projections[2:], numerics[2:], compute)
+        _save(ctx, path, (inputs, gate, up), projections, [*weights, *last], numerics)
+        ctx.x_dtype, ctx.compute, ctx.spent = x.dtype, compute, False
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, weight, A, B, bias and factor; each only where it is asked for."""
-        inputs, shipped, lora_a, lora_b, *ranged = ctx.saved_tensors
-        need_x, need_weight, need_a, need_b, need_bias, need_factor, _ = ctx.needs_input_grad
-        scaling = ctx.numerics.scaling
+        if ctx.spent:
+            raise RuntimeError("a fake-quantised MLP computes its gradients in place, and only once: no retain_graph")
+        ctx.spent = True
+        (inputs, gate, up), projections, weights = _saved(ctx)
+        needs = _projections(ctx.needs_input_grad[2:])
         with torch.autocast(grad.device.type, enabled=False):
-            grad = grad.to(shipped.dtype)
-            rows = grad.reshape(-1, grad.shape[-1])  # (N, O)
-            flat = inputs.reshape(-1, inputs.shape[-1])  # (N, I)
-            grad_x = (grad @ shipped).to(ctx.x_dtype) if need_x else None
-            grad_bias = rows.sum(0) if need_bias else None
-            grad_weight = grad_a = grad_b = grad_factor = None
-            if ranged:
-                dense, grad_factor = _through_range(ctx.numerics, (rows.t() @ flat).float(), lora_a, lora_b, *ranged)
-                grad_weight = dense.to(ctx.weight_dtype) if need_weight else None
-                grad_a = (lora_b.float().t() @ dense).to(lora_a.dtype) * scaling if need_a else None
-                grad_b = (dense @ lora_a.float().t()).to(lora_b.dtype) * scaling if need_b else None
-            else:
-                grad_weight = (rows.t() @ flat).to(ctx.weight_dtype) if need_weight else None
-                if need_a:
-                    grad_a = ((rows @ lora_b.to(rows.dtype)).t() @ flat).to(lora_a.dtype) * scaling
-                if need_b:
-                    grad_b = (rows.t() @ (flat @ lora_a.to(flat.dtype).t())).to(lora_b.dtype) * scaling
-        return grad_x, grad_weight, grad_a, grad_b, grad_bias, grad_factor if need_factor else None, None
+            rows = [grad.to(ctx.compute).reshape(-1, grad.shape[-1])]
+            to_hidden = _to_inputs(rows, _restored(ctx, projections, weights, (2,))).reshape(gate.shape)
+            hidden = ctx.path.swiglu_backward_(gate, up, to_hidden)  # gate and up are their gradients from here on
+            flat = ctx.path.restored_inputs(hidden, ctx.compute).flatten(0, -2)
+            last = _to_parameters(rows, flat, projections[2:], ctx.numerics[2:], needs[2:])
+            del to_hidden, hidden, flat
+            rows = [gate.flatten(0, -2), up.flatten(0, -2)]
+            shipped = _restored(ctx, projections, weights, (0, 1))
+            grad_x = _to_inputs(rows, shipped) if ctx.needs_input_grad[0] else None
+            del shipped
+            flat = ctx.path.restored_inputs(inputs, ctx.compute).flatten(0, -2)
+            found = _to_parameters(rows, flat, projections[:2], ctx.numerics[:2], needs[:2])
+        if grad_x is not None:
+            grad_x = grad_x.to(ctx.x_dtype).reshape(*grad.shape[:-1], -1)
+        return (grad_x, None, *(grad for projection in (*found, *last) for grad in projection))
 
 
-def _through_range(
-    numerics: LayerNumerics,
-    dense: Tensor,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    weight: Tensor,
-    factor: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def _products(
+    path: Path,
+    inputs: Weight,
+    projections: Sequence[Projection],
+    numerics: Sequence[LayerNumerics],
+    compute: torch.dtype,
+) -> tuple[list[Tensor], list[Weight]]:
+    """The outputs of layers that share their inputs, and the weights that they were multiplied with."""
+    outputs, weights = [], []
+    for projection, layer in zip(projections, numerics, strict=True):
+        weight = _weight(path, projection, layer, compute)
+        bias = None if projection.bias is None else projection.bias.to(compute)
+        outputs.append(path.product(inputs, weight, bias, compute))
+        weights.append(weight)
+        layer.calls[layer.name] += 1
+    return outputs, weights
+
+
+def _weight(path: Path, projection: Projection, numerics: LayerNumerics, compute: torch.dtype) -> Weight:
+    weight, lora_a, lora_b, _, factor = projection
+    return numerics.cache.get(
+        numerics.name,
+        (weight, lora_a, lora_b, factor),
+        (compute, type(path)),
+        lambda: path.weight(numerics.layer(weight, lora_a, lora_b), compute),
+    )
+
+
+# ---------------------------------------------------------------------- what is kept for backward
+
+
+def _backward_is_near() -> bool:
+    """Gradient checkpointing: the layer is computed for the second time, or what it saves is dropped until then."""
+    return torch._C._current_graph_task_id() != -1 or bool(torch._C._autograd._top_saved_tensors_default_hooks(False))
+
+
+def _save(
+    ctx: Any,
+    path: Path,
+    inputs: tuple[Weight, ...],
+    projections: Sequence[Projection],
+    weights: Sequence[Weight],
+    numerics: tuple[LayerNumerics, ...],
+) -> None:
+    kept = weights if numerics[0].keep or _backward_is_near() else ()
+    tensors = [tensor for item in (*inputs, *kept) for tensor in _parts(item)]
+    parameters = [tensor for projection in projections for tensor in projection]
+    ctx.save_for_backward(*parameters, *tensors)
+    ctx.numerics, ctx.path = numerics, path
+    ctx.counts = len(parameters), [len(_parts(item)) for item in inputs], [len(_parts(item)) for item in kept]
+
+
+def _parts(item: Weight) -> tuple[Tensor, ...]:
+    if isinstance(item, Tensor):
+        return (item,)
+    return (item.values, item.scale) if item.zero is None else (item.values, item.scale, item.zero)
+
+
+def _saved(ctx: Any) -> tuple[list[Weight], list[Projection], list[Weight]]:
+    """What `_save` saved; no weights where they were not kept."""
+    count, inputs, weights = ctx.counts
+    tensors = ctx.saved_tensors
+    rest = iter(tensors[count:])
+
+    def take(parts: int) -> Weight:
+        found = [next(rest) for _ in range(parts)]
+        return found[0] if parts == 1 else Quantised(*found)
+
+    return [take(parts) for parts in inputs], _projections(tensors[:count]), [take(parts) for parts in weights]
+
+
+def _restored(
+    ctx: Any, projections: Sequence[Projection], weights: Sequence[Weight], which: Sequence[int]
+) -> list[Tensor]:
+    """The restored weights (O, I) of some of the layers."""
+    found = []
+    for index in which:
+        layer: LayerNumerics = ctx.numerics[index]
+        weight = weights[index] if weights else _weight(ctx.path, projections[index], layer, ctx.compute)
+        found.append(ctx.path.restored_weight(weight, layer.dtype, ctx.compute))
+    return found
+
+
+# ---------------------------------------------------------------------- gradients
+
+
+def _to_inputs(rows: Sequence[Tensor], shipped: Sequence[Tensor]) -> Tensor:
+    """The gradient (N, I) of the shared input: the sum of dY (N, O) Wq (O, I)."""
+    total = rows[0] @ shipped[0]
+    for grad, weight in zip(rows[1:], shipped[1:], strict=True):
+        total.addmm_(grad, weight)
+    return total
+
+
+def _to_parameters(
+    rows: Sequence[Tensor],
+    flat: Tensor,
+    projections: Sequence[Projection],
+    numerics: Sequence[LayerNumerics],
+    needs: Sequence[Any],
+) -> list[tuple[Tensor | None, ...]]:
+    """Gradients of weight, A, B, bias and factor of each layer; each only where it is asked for.
+
+    Args:
+        rows: dY (N, O) of each layer. flat: their inputs (N, I), rounded.
+    """
+    adapters = _to_adapters(rows, flat, projections, numerics, needs)
+    found: list[tuple[Tensor | None, ...]] = []
+    for grad, projection, layer, need, (grad_a, grad_b) in zip(
+        rows, projections, numerics, needs, adapters, strict=True
+    ):
+        weight, lora_a, lora_b, _, factor = projection
+        grad_weight = grad_factor = None
+        if factor is not None:
+            dense, grad_factor = _through_range(layer, (grad.t() @ flat).float(), projection)
+            grad_weight = dense.to(weight.dtype) if need.weight else None
+            if need.lora_a and lora_a is not None and lora_b is not None:
+                grad_a = (lora_b.float().t() @ dense).to(lora_a.dtype) * layer.scaling
+            if need.lora_b and lora_a is not None and lora_b is not None:
+                grad_b = (dense @ lora_a.float().t()).to(lora_b.dtype) * layer.scaling
+        elif need.weight:
+            grad_weight = (grad.t() @ flat).to(weight.dtype)
+        grad_bias = grad.sum(0) if need.bias else None
+        found.append((grad_weight, grad_a, grad_b, grad_bias, grad_factor if need.factor else None))
+    return found
+
+
+def _to_adapters(
+    rows: Sequence[Tensor],
+    flat: Tensor,
+    projections: Sequence[Projection],
+    numerics: Sequence[LayerNumerics],
+    needs: Sequence[Any],
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Gradients of A and B of the layers whose ranges are fixed, the inputs read once for all of them."""
+    chosen = [
+        index
+        for index, (projection, need) in enumerate(zip(projections, needs, strict=True))
+        if projection.factor is None and (need.lora_a or need.lora_b)
+    ]
+    found: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(projections)
+    if not chosen:
+        return found
+    ranks = [len(projections[index].lora_a) for index in chosen]  # type: ignore[arg-type]
+    all_a = torch.cat([projections[index].lora_a.to(flat.dtype) for index in chosen])  # type: ignore[union-attr]
+    to_low_rank = flat.new_empty(flat.shape[0], sum(ranks))
+    for index, part in zip(chosen, to_low_rank.split(ranks, dim=1), strict=True):
+        torch.mm(rows[index], projections[index].lora_b.to(flat.dtype), out=part)  # type: ignore[union-attr]
+    grads_a = (to_low_rank.t() @ flat).split(ranks)
+    low_rank = (flat @ all_a.t()).split(ranks, dim=1)
+    for index, grad_a, part in zip(chosen, grads_a, low_rank, strict=True):
+        projection, need, scaling = projections[index], needs[index], numerics[index].scaling
+        assert projection.lora_a is not None and projection.lora_b is not None
+        grad_b = (rows[index].t() @ part).to(projection.lora_b.dtype) * scaling if need.lora_b else None
+        found[index] = (grad_a.to(projection.lora_a.dtype) * scaling if need.lora_a else None, grad_b)
+    return found
+
+
+def _through_range(numerics: LayerNumerics, dense: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
     """The dense gradient (O, I) without the weights that clip, and the gradient (O, G) of the range's factor."""
+    weight, lora_a, lora_b, _, factor = projection
+    assert factor is not None
     merged = merged_weight(weight, lora_a, lora_b, numerics.scaling)
-    moves, inside = range_gradient(numerics.numbers, merged, numerics.quantise(merged), factor)
+    moves, inside = range_gradient(numerics.numbers, merged, numerics.quantise(weight, lora_a, lora_b), factor)
     grad_factor = (dense * moves).reshape(*factor.shape, -1).sum(-1).to(factor.dtype)
     return dense * inside, grad_factor

@@ -7,7 +7,6 @@ to the bit and by the same kernels.
 
 from __future__ import annotations
 
-import types
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from qat.adapters import active_module, adapter_of, base_linear, merged_of, refuse_adapters, scaling_of
-from qat.linear import FakeQuantLinear, LayerNumerics
+from qat.cache import WeightCache
+from qat.forwards import Binding, binding_of_embedding, bindings_inside, bindings_outside, is_bound
+from qat.linear import LayerNumerics
 from quantize.errors import UserError
 from quantize.layers import Coverage, is_outermost_linear, plain_name, select_layers
 from quantize.numerics import Quantised, best_factor
 from quantize.schemes import Scheme, Target, find_scheme
-
-_MARK = "activation_fake_quantizer"  # a child of this name makes Unsloth's fused kernels call the projection instead
 
 
 @dataclass
@@ -39,6 +38,9 @@ class Prepared:
         ranges_chosen: that has been done, or the factors were loaded; set it to False to choose them anew.
         calls: layer name -> how often its fake quantisation ran.
         enabled: quantisation is simulated at the moment.
+        cache: fake-quantised weights that are needed again. With several batches between two steps of the optimiser,
+            set `cache.reuse` and call `cache.moved()` after each step.
+        bindings: the forwards that simulate it.
     """
 
     coverage: Coverage
@@ -48,6 +50,8 @@ class Prepared:
     layers: dict[str, tuple[Any, LayerNumerics]] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
     enabled: bool = False
+    cache: WeightCache = field(default_factory=lambda: WeightCache(limit=0))
+    bindings: list[Binding] = field(default_factory=list)
 
     def switch_on(self) -> None:
         """Simulates quantisation from here on."""
@@ -55,24 +59,17 @@ class Prepared:
             return
         if self.mse and not self.ranges_chosen:
             self._choose_ranges()
-        for module, numerics in self.layers.values():
-            if isinstance(module, nn.Embedding):
-                module.forward = types.MethodType(_look_up(numerics), module)  # type: ignore[method-assign]
-                continue
-            bound = _inside(numerics) if self.placement == "inside" else _outside(numerics)
-            module.forward = types.MethodType(bound, module)
-            if base_linear(module) is not module:
-                base_linear(module).add_module(_MARK, nn.Identity())
+        for binding in self.bindings:
+            binding.bind()
         self.enabled = True
 
     def switch_off(self) -> None:
         """Every layer computes again what its class computes."""
         if not self.enabled:
             return
-        for module, _ in self.layers.values():
-            del module.forward
-            if hasattr(module, "base_layer"):
-                del module.base_layer._modules[_MARK]
+        for binding in self.bindings:
+            binding.unbind()
+        self.cache.clear()
         self.enabled = False
 
     @contextmanager
@@ -113,7 +110,9 @@ class Prepared:
         """
         assert self.placement == "inside", "with the adapter outside no grid was trained"
         for name, (module, numerics) in self.layers.items():
-            yield name, numerics.quantise(merged_of(module))
+            lora = (None, None) if isinstance(module, nn.Embedding) else adapter_of(module)
+            weight = module.weight if isinstance(module, nn.Embedding) else base_linear(module).weight
+            yield name, numerics.quantise(weight, *lora)
 
     @torch.no_grad()
     def _choose_ranges(self) -> None:
@@ -135,6 +134,8 @@ def prepare_qat(
     ranges: str = "minmax",
     learned_scales: bool = False,
     enabled: bool = True,
+    fused: bool = True,
+    cache_mib: int = 1024,
 ) -> Prepared:
     """Fake-quantises the linear layers of `model` for training, with LoRA's adapters inside the quantiser.
 
@@ -147,6 +148,9 @@ def prepare_qat(
         placement: "inside" trains fq(W + s B A), what ships; "outside" trains fq(W) + s B A, for comparison.
         ranges: "minmax" spans each group's extremes; "mse" shrinks that range to the least squared error, once.
         learned_scales: the ranges are learned; their parameters, `Prepared.factors`, are for the caller's optimiser.
+        fused: compute by fused kernels where there are some (CUDA); False asks for the plain definition everywhere.
+        cache_mib: what fake-quantised weights that are needed again may take, in MiB: those of frozen layers, and all
+            from forward to backward where they fit.
         enabled: switch it on at once; else `Prepared.switch_on` does, which also chooses the ranges then.
 
     Returns:
@@ -166,9 +170,10 @@ def prepare_qat(
     found = {plain_name(name): module for name, module in model.named_modules() if is_outermost_linear(name, module)}
     modules = {name: module for name, module in found.items() if name in chosen}
     refuse_adapters(modules)
-    if any(hasattr(vars(module).get("forward"), "fake_quantised") for module in modules.values()):
+    if any(is_bound(module) for module in modules.values()):
         raise UserError("this model is prepared already; undo that with remove_qat first")
-    prepared = Prepared(coverage, placement, mse=ranges == "mse")
+    prepared = Prepared(coverage, placement, mse=ranges == "mse", cache=WeightCache(cache_mib * 2**20))
+    size = sum(base_linear(module).weight.nbytes for module in modules.values())
     for name, module in modules.items():
         weight = base_linear(module).weight
         numerics = LayerNumerics(
@@ -178,12 +183,19 @@ def prepare_qat(
             dtype=dtype or weight.dtype,
             scaling=scaling_of(module),
             calls=prepared.calls,
+            fused=fused,
+            keep=size <= prepared.cache.limit,
+            cache=prepared.cache,
         )
         if ranges == "mse" or learned_scales:
             numerics = replace(numerics, factor=_factor(weight, numerics, learned_scales))
         prepared.layers[name] = (module, numerics)
+    layers = list(prepared.layers.values())
+    prepared.bindings = bindings_inside(model, layers) if placement == "inside" else bindings_outside(layers)
     if scheme.embedding is not None:
-        prepared.layers |= _embedding(model, scheme.embedding, dtype, prepared.calls)
+        name, embedding, numerics = _embedding(model, scheme.embedding, dtype, prepared)
+        prepared.layers[name] = (embedding, numerics)
+        prepared.bindings.append(binding_of_embedding(embedding, numerics))
     if enabled:
         prepared.switch_on()
     return prepared
@@ -193,6 +205,7 @@ def remove_qat(prepared: Prepared) -> None:
     """Undoes `prepare_qat`: each layer computes again what its class computes."""
     prepared.switch_off()
     prepared.layers.clear()
+    prepared.bindings.clear()
 
 
 def _factor(weight: Tensor, numerics: LayerNumerics, learned: bool) -> Tensor:
@@ -201,9 +214,9 @@ def _factor(weight: Tensor, numerics: LayerNumerics, learned: bool) -> Tensor:
 
 
 def _embedding(
-    model: nn.Module, target: Target, dtype: torch.dtype | None, calls: Counter[str]
-) -> dict[str, tuple[Any, LayerNumerics]]:
-    """The input embedding, rounded on look-up. A tied lm_head keeps its own numbers: the two part when they ship."""
+    model: nn.Module, target: Target, dtype: torch.dtype | None, prepared: Prepared
+) -> tuple[str, nn.Embedding, LayerNumerics]:
+    """(name, module, numerics) of the input embedding, rounded on look-up. A tied lm_head keeps its own numbers: the two part when they ship."""
     embedding = active_module(model.get_input_embeddings())  # type: ignore[operator]
     if hasattr(embedding, "base_layer"):
         raise UserError("the input embedding has an adapter, which cannot go inside its fake quantiser; leave it out")
@@ -219,82 +232,7 @@ def _embedding(
         group_size=None,
         dtype=dtype or embedding.weight.dtype,
         scaling=1.0,
-        calls=calls,
+        calls=prepared.calls,
+        cache=prepared.cache,
     )
-    return {name: (embedding, numerics)}
-
-
-def _marked(forward: Any) -> Any:
-    forward.fake_quantised = True
-    return forward
-
-
-def _inside(numerics: LayerNumerics) -> Any:
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        linear = base_linear(self)
-        lora_a, lora_b = _adapter_in_use(self, numerics)
-        output = FakeQuantLinear.apply(x, linear.weight, lora_a, lora_b, linear.bias, numerics.factor, numerics)
-        dropout = _dropout(self) if lora_a is not None else None
-        if dropout is None or lora_a is None or lora_b is None:
-            return output  # type: ignore[no-any-return]
-        # Dropout perturbs the adapter's input around its mean, which is what the merged weight multiplies.
-        noise = dropout(x) - x
-        return output + _adapter_output(noise, lora_a, lora_b, numerics.scaling).to(output.dtype)  # type: ignore[no-any-return]
-
-    return _marked(forward)
-
-
-def _outside(numerics: LayerNumerics) -> Any:
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        linear = base_linear(self)
-        lora_a, lora_b = _adapter_in_use(self, numerics)
-        output = FakeQuantLinear.apply(x, linear.weight, None, None, linear.bias, numerics.factor, numerics)
-        if lora_a is None or lora_b is None:
-            return output  # type: ignore[no-any-return]
-        dropout = _dropout(self)
-        inputs = x if dropout is None else dropout(x)
-        return output + _adapter_output(inputs, lora_a, lora_b, numerics.scaling).to(output.dtype)  # type: ignore[no-any-return]
-
-    return _marked(forward)
-
-
-def _adapter_in_use(module: Any, numerics: LayerNumerics) -> tuple[Tensor | None, Tensor | None]:
-    """(A, B), or (None, None) under `disable_adapter()`.
-
-    Raises:
-        UserError: peft changed the adapter since it was prepared: what is computed would not be what ships.
-    """
-    if getattr(module, "disable_adapters", False):
-        return None, None
-    if getattr(module, "merged", False):
-        raise UserError(
-            f"{numerics.name}: its adapter was merged after prepare_qat; call model.unmerge_adapter() first"
-        )
-    if scaling_of(module) != numerics.scaling:
-        raise UserError(f"{numerics.name}: another adapter was made active after prepare_qat; prepare the model again")
-    return adapter_of(module)
-
-
-def _adapter_output(inputs: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    return inputs.to(lora_a.dtype) @ lora_a.t() @ lora_b.t() * scaling
-
-
-def _dropout(module: Any) -> nn.Dropout | None:
-    """LoRA's dropout of a layer, where it does something at the moment."""
-    (name,) = module.active_adapters
-    dropout = module.lora_dropout[name] if name in module.lora_dropout else None
-    return dropout if isinstance(dropout, nn.Dropout) and dropout.p > 0 and module.training else None
-
-
-def _look_up(numerics: LayerNumerics) -> Any:
-    def forward(self: Any, ids: Tensor) -> Tensor:
-        scale = getattr(self, "scalar_embed_scale", None)  # Gemma multiplies what it looks up
-        rows = torch.nn.functional.embedding(ids, self.weight, self.padding_idx)
-        # One scale per row, so the rows that are looked up are all that needs rounding.
-        flat = rows.detach().reshape(-1, rows.shape[-1])
-        rounded = numerics.numbers.restore(numerics.quantise(flat), numerics.dtype).to(rows.dtype).reshape(rows.shape)
-        numerics.calls[numerics.name] += 1
-        output = rows + (rounded - rows).detach() if rows.requires_grad else rounded
-        return output if scale is None else output * self.embed_scale.to(self.weight.dtype)
-
-    return forward
+    return name, embedding, numerics

@@ -50,14 +50,13 @@ def fp8_per_row(values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def linear_fp8(inputs: Tensor, weight: Quantised, bias: Tensor | None) -> Tensor:
+def linear_fp8(inputs: Quantised, weight: Quantised, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The product of `Float8Tensor` with torch's kernel: float8 operands, both scales after the sum, one rounding.
 
     Where the GPU has the kernel it is the kernel itself; elsewhere the same sum of exact products in float32.
     """
-    rows = inputs.reshape(-1, inputs.shape[-1])
-    left = quantise_fp8(rows)
-    kernel = inputs.is_cuda and inputs.dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (8, 9)
+    left = _rows(inputs)
+    kernel = left.values.is_cuda and dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (8, 9)
     if kernel:
         output = torch._scaled_mm(
             left.values,
@@ -65,13 +64,18 @@ def linear_fp8(inputs: Tensor, weight: Quantised, bias: Tensor | None) -> Tensor
             scale_a=left.scale,
             scale_b=weight.scale.t(),
             bias=bias,
-            out_dtype=inputs.dtype,
+            out_dtype=dtype,
             use_fast_accum=True,
         )
     else:
         summed = _float8_product(left, weight.values, weight.scale)
-        output = (summed if bias is None else summed + bias.float()).to(inputs.dtype)
-    return output.reshape(*inputs.shape[:-1], output.shape[-1])
+        output = (summed if bias is None else summed + bias.float()).to(dtype)
+    return output.reshape(*inputs.values.shape[:-1], output.shape[-1])
+
+
+def _rows(inputs: Quantised) -> Quantised:
+    """(..., I) and (..., 1) -> (N, I) and (N, 1)."""
+    return Quantised(inputs.values.reshape(-1, inputs.values.shape[-1]), inputs.scale.reshape(-1, 1))
 
 
 # ---------------------------------------------------------------------- mslk's kernels (PyPI: mslk-cuda)
@@ -102,16 +106,16 @@ def fp8_per_row_mslk(values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def linear_fp8_mslk(inputs: Tensor, weight: Quantised, bias: Tensor | None) -> Tensor:
+def linear_fp8_mslk(inputs: Quantised, weight: Quantised, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The product of mslk's `f8f8bf16_rowwise`; its bias is added to the rounded sum."""
-    left = quantise_fp8_mslk(inputs.reshape(-1, inputs.shape[-1]))
-    kernel = _mslk_rowwise() if inputs.is_cuda and inputs.dtype == torch.bfloat16 else None
+    left = _rows(inputs)
+    kernel = _mslk_rowwise() if left.values.is_cuda and dtype == torch.bfloat16 else None
     if kernel is not None:
         output = kernel(left.values, weight.values, left.scale, weight.scale, bias=bias, use_fast_accum=True)
     else:
-        output = _float8_product(left, weight.values, weight.scale).to(inputs.dtype)
+        output = _float8_product(left, weight.values, weight.scale).to(dtype)
         output = output if bias is None else output + bias
-    return output.reshape(*inputs.shape[:-1], output.shape[-1])
+    return output.reshape(*inputs.values.shape[:-1], output.shape[-1])
 
 
 @cache
@@ -162,13 +166,13 @@ def restore_fp8_int4(quantised: Quantised, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def linear_fp8_int4(inputs: Tensor, weight: Quantised, bias: Tensor | None) -> Tensor:
+def linear_fp8_int4(inputs: Quantised, weight: Quantised, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The product of `f8i4bf16_rowwise`: float8 operands, the token's scale after the sum."""
-    left = quantise_fp8_mslk(inputs.reshape(-1, inputs.shape[-1]))
     operand = restore_fp8_int4(weight, torch.float32).to(torch.float8_e4m3fn)
-    output = _float8_product(left, operand, torch.ones_like(weight.scale[:, 0], dtype=torch.float32)).to(inputs.dtype)
+    scale = torch.ones_like(weight.scale[:, 0], dtype=torch.float32)
+    output = _float8_product(_rows(inputs), operand, scale).to(dtype)
     output = output if bias is None else output + bias
-    return output.reshape(*inputs.shape[:-1], output.shape[-1])
+    return output.reshape(*inputs.values.shape[:-1], output.shape[-1])
 
 
 # ---------------------------------------------------------------------- the formats
@@ -179,6 +183,7 @@ FP8 = Numbers(
     restore=restore_fp8,
     span=partial(span_symmetric, low=-FP8_MAX, high=FP8_MAX),
     activation=fp8_per_row,
+    encode=quantise_fp8,
     linear=linear_fp8,
 )
 FP8_MSLK = Numbers(
@@ -186,6 +191,7 @@ FP8_MSLK = Numbers(
     restore=restore_fp8,
     span=partial(span_symmetric, low=-FP8_MAX, high=FP8_MAX),
     activation=fp8_per_row_mslk,
+    encode=quantise_fp8_mslk,
     linear=linear_fp8_mslk,
 )
 FP8_INT4 = Numbers(
@@ -193,5 +199,6 @@ FP8_INT4 = Numbers(
     restore=restore_fp8_int4,
     span=partial(span_symmetric, low=-8.5, high=7.5),
     activation=fp8_per_row_mslk,
+    encode=quantise_fp8_mslk,
     linear=linear_fp8_int4,
 )

@@ -92,10 +92,10 @@ def quantise_int8_rows(
 
 
 @torch.no_grad()
-def linear_int8_rows(inputs: Tensor, weight: Quantised, bias: Tensor | None) -> Tensor:
+def linear_int8_rows(inputs: Tensor, weight: Quantised, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The product of `Int8Tensor`: integers as they are, the row's scale after the sum, both rounded to the dtype."""
-    rows = inputs.reshape(-1, inputs.shape[-1]) @ weight.values.to(inputs.dtype).t()
-    rows = (rows * weight.scale.to(inputs.dtype).flatten()).reshape(*inputs.shape[:-1], rows.shape[-1])
+    rows = inputs.reshape(-1, inputs.shape[-1]) @ weight.values.to(dtype).t()
+    rows = (rows * weight.scale.to(dtype).flatten()).reshape(*inputs.shape[:-1], rows.shape[-1])
     return rows if bias is None else rows + bias
 
 

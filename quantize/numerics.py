@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,8 +45,11 @@ class Numbers:
             grid. `factor` shrinks or widens the range that the extremes of each group span; None is 1, exactly.
         restore: (quantised, dtype) -> weight (O, I), as the layer reads it.
         activation: round trip of the layer's input (..., I); None where activations stay in 16 bit.
-        linear: (input (..., I), quantised, bias or None) -> (..., O), for layers that do not compute
-            `linear(activation(x), restore(w), bias)`: those that multiply by the scales after the sum.
+        encode: input (..., I) -> its grid's points and scale (..., 1), for layers that multiply the points themselves;
+            `activation` is then the same round trip, restored.
+        linear: (input (..., I), or what `encode` made of it; quantised; bias or None; dtype) -> (..., O) in that dtype,
+            for layers that do not compute `linear(activation(x), restore(w), bias)`: those that multiply by the scales
+            after the sum.
         span: quantised -> (lowest weight that does not clip, the range's fixed middle, the highest), each (O, G).
         bias_after: the layer adds the bias to the rounded product, which rounds twice.
     """
@@ -54,7 +58,8 @@ class Numbers:
     restore: Callable[[Quantised, torch.dtype], Tensor]
     span: Callable[[Quantised], tuple[Tensor, Tensor, Tensor]]
     activation: Callable[[Tensor], Tensor] | None = None
-    linear: Callable[[Tensor, Quantised, Tensor | None], Tensor] | None = None
+    encode: Callable[[Tensor], Quantised] | None = None
+    linear: Callable[[Any, Quantised, Tensor | None, torch.dtype], Tensor] | None = None
     bias_after: bool = False
 
     def round_trip(self, weight: Tensor, group_size: int | None) -> Tensor:
@@ -65,7 +70,8 @@ class Numbers:
     def compute(self, inputs: Tensor, weight: Quantised, bias: Tensor | None) -> Tensor:
         """The shipped layer: (..., I) -> (..., O) in the inputs' dtype."""
         if self.linear is not None:
-            return self.linear(inputs, weight, bias)
+            encoded = inputs if self.encode is None else self.encode(inputs)
+            return self.linear(encoded, weight, bias, inputs.dtype)
         rounded = inputs if self.activation is None else self.activation(inputs)
         return self.product(rounded, self.restore(weight, inputs.dtype), bias)
 

@@ -158,7 +158,7 @@ def test_training_computes_what_the_shipped_layer_computes(
     """The QAT layer under bf16 autocast, float32 weights and an adapter, against torchao's layer of its grid."""
     from collections import Counter
 
-    from qat.linear import FakeQuantLinear, LayerNumerics, merged_weight
+    from qat.linear import LayerNumerics, Projection, fake_quant_linear
 
     target = _runnable(scheme, target_name)
     shape = _shapes(target, group_size)[0]
@@ -170,9 +170,9 @@ def test_training_computes_what_the_shipped_layer_computes(
     lora_b = _normal(3, (shape[0], 4), torch.float32, 0.05)
     inputs = _normal(4, (rows, shape[1]), torch.bfloat16)
     with torch.autocast("cuda", torch.bfloat16):
-        trained = FakeQuantLinear.apply(inputs, weight, lora_a, lora_b, None, None, numerics)
+        trained = fake_quant_linear(inputs, Projection(weight, lora_a, lora_b, None, None), numerics)
     layer = nn.Linear(shape[1], shape[0], bias=False, dtype=torch.bfloat16, device="cuda")
-    grid = numerics.quantise(merged_weight(weight, lora_a, lora_b, 2.0))
+    grid = numerics.quantise(weight, lora_a, lora_b)
     layer.weight = nn.Parameter(target.tensor(grid, torch.bfloat16), requires_grad=False)
     real = layer(inputs)
     error = ((real.double() - trained.double()).norm() / real.double().norm()).item()

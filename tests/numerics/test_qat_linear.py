@@ -10,7 +10,8 @@ import torch
 from samples import EVERY_TARGET, find_target, group_sizes
 from torch import Tensor, nn
 
-from qat.linear import FakeQuantLinear, LayerNumerics, merged_weight
+from qat.kernels import merged_weight
+from qat.linear import LayerNumerics, Projection, fake_quant_linear
 from quantize import float8, integers
 from quantize.numerics import Numbers, best_factor, range_gradient
 from quantize.schemes import SCHEMES
@@ -43,6 +44,11 @@ def _leaves(seed: int, width: int = 128) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
+def _compute(x: Tensor, *tensors: Any) -> Tensor:
+    """`tensors`: weight, A, B, bias, factor, numerics."""
+    return fake_quant_linear(x, Projection(*tensors[:-1]), tensors[-1])
+
+
 def _reference(leaves: dict[str, Tensor], numerics: LayerNumerics) -> Tensor:
     """The shipped value, and the gradient of `linear` through straight-through round trips, by autograd alone."""
     numbers, x = numerics.numbers, leaves["x"]
@@ -60,7 +66,7 @@ def test_values_and_gradients_equal_the_reference(scheme: str, target: str, seed
     numbers, group_size = _format(scheme, target)
     numerics, ours, theirs = _numerics(numbers, group_size), _leaves(seed), _leaves(seed)
     upstream = torch.randn(2, 3, 48) * 1e-3
-    output = FakeQuantLinear.apply(*ours.values(), None, numerics)
+    output = _compute(*ours.values(), None, numerics)
     output.backward(upstream)
     expected = _reference(theirs, numerics)
     expected.backward(upstream)
@@ -77,7 +83,7 @@ def test_the_value_is_the_shipped_layer_s_to_the_bit(scheme: str, target: str, d
     with torch.no_grad():
         leaves = {name: leaf.to(dtype) for name, leaf in _leaves(5).items()}
         numerics = _numerics(numbers, group_size, dtype=dtype)
-        output = FakeQuantLinear.apply(*leaves.values(), None, numerics)
+        output = _compute(*leaves.values(), None, numerics)
         merged = merged_weight(leaves["weight"], leaves["lora_a"], leaves["lora_b"], 2.0)
         assert merged.dtype == torch.float32
         quantised = numbers.quantise(merged, group_size, dtype, None)
@@ -89,7 +95,7 @@ def test_full_fine_tuning_has_the_dense_gradient(scheme: str, target: str) -> No
     numbers, group_size = _format(scheme, target)
     weight, x, upstream = (torch.randn(shape) for shape in ((48, 128), (5, 128), (5, 48)))
     weight.requires_grad_()
-    FakeQuantLinear.apply(x, weight, None, None, None, None, _numerics(numbers, group_size)).backward(upstream)
+    _compute(x, weight, None, None, None, None, _numerics(numbers, group_size)).backward(upstream)
     inputs = x if numbers.activation is None else numbers.activation(x)
     torch.testing.assert_close(weight.grad, upstream.t() @ inputs, rtol=1e-4, atol=1e-5)
 
@@ -102,7 +108,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_others_keep_theirs(frozen: str)
         leaves = _leaves(1)
         if skip:
             leaves[skip].requires_grad_(False)
-        FakeQuantLinear.apply(*leaves.values(), None, numerics).square().sum().backward()
+        _compute(*leaves.values(), None, numerics).square().sum().backward()
         grads.append({name: leaf.grad for name, leaf in leaves.items()})
     assert grads[1].pop(frozen) is None
     assert all(torch.equal(grad, grads[0][name]) for name, grad in grads[1].items())
@@ -120,7 +126,7 @@ def test_small_gradients_survive_float8(scheme: str, target: str, dtype: torch.d
     ours = {name: leaf.detach().clone().requires_grad_() for name, leaf in plain.items()}
     upstream = (torch.randn(2, 3, 48) * 1e-3).to(dtype)
     numerics = _numerics(numbers, None, dtype=dtype)
-    FakeQuantLinear.apply(*ours.values(), None, numerics).backward(upstream)
+    _compute(*ours.values(), None, numerics).backward(upstream)
     merged = plain["weight"] + 2.0 * plain["lora_b"] @ plain["lora_a"]
     nn.functional.linear(plain["x"], merged, plain["bias"]).backward(upstream)
     for name, leaf in ours.items():
@@ -142,7 +148,7 @@ def test_a_small_regression_is_learned(scheme: str, target: str) -> None:
     optimizer = torch.optim.Adam([lora_a, lora_b], lr=5e-3)
     losses = []
     for _ in range(60):
-        output = FakeQuantLinear.apply(x, weight, lora_a, lora_b, None, None, numerics)
+        output = _compute(x, weight, lora_a, lora_b, None, None, numerics)
         loss = (output - wanted).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -208,7 +214,7 @@ def test_learned_ranges_have_the_gradient_of_lsq(name: str, start: float) -> Non
     factor = (start + 0.05 * torch.rand(48, groups, generator=torch.Generator().manual_seed(2))).requires_grad_()
     twin = factor.detach().clone().requires_grad_()
     numerics = _numerics(numbers, group_size, factor=factor)
-    output = FakeQuantLinear.apply(*ours.values(), factor, numerics)
+    output = _compute(*ours.values(), factor, numerics)
     output.backward(upstream)
     merged = torch.addmm(theirs["weight"], theirs["lora_b"], theirs["lora_a"], alpha=2.0)
     if name == "int4":

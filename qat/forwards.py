@@ -1,0 +1,313 @@
+"""The forwards that are bound on a model's layers while quantisation is simulated, and taken off again.
+
+A linear layer by itself; layers that share an input, which the first of them computes all at once; a gated MLP as one
+function. They are bound on instances, so that no class is patched, and they hold for every backend: what a backend
+fuses by itself, it gives up for a layer that it has to call.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.adapters import adapter_of, base_linear, scaling_of
+from qat.linear import LayerNumerics, Projection, fake_quant_linear, fake_quant_linears, fake_quant_swiglu
+from quantize.errors import UserError
+from quantize.numerics import Quantised
+
+_MARK = "activation_fake_quantizer"  # a child of this name makes Unsloth's fused kernels call the projection instead
+_SHARED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("w1", "w3"),
+)
+"""Names of sibling layers that are called one after another with the same input, in every model known to us."""
+_GATED = ("gate_proj", "up_proj", "down_proj")
+
+Layers = Sequence[tuple[Any, LayerNumerics]]
+
+
+@dataclass
+class Binding:
+    """A forward on one instance.
+
+    Attributes:
+        module: whose forward it is.
+        forward: (module, inputs) -> outputs.
+        before: the instance's own forward that it replaces, such as Unsloth's; None = its class's.
+    """
+
+    module: Any
+    forward: Callable[..., Any]
+    before: Any = None
+
+    def bind(self) -> None:
+        """Puts the forward in."""
+        self.forward.fake_quantised = True  # type: ignore[attr-defined]
+        self.before = vars(self.module).get("forward")
+        self.module.forward = types.MethodType(self.forward, self.module)
+        if hasattr(self.module, "base_layer"):
+            self.module.base_layer.add_module(_MARK, nn.Identity())
+
+    def unbind(self) -> None:
+        """Puts back what was there before."""
+        del self.module.forward
+        if self.before is not None:
+            self.module.forward = self.before
+        if hasattr(self.module, "base_layer"):
+            del self.module.base_layer._modules[_MARK]
+
+
+def is_bound(module: nn.Module) -> bool:
+    """Whether one of these forwards is in."""
+    return hasattr(vars(module).get("forward"), "fake_quantised")
+
+
+def bindings_inside(model: nn.Module, layers: Layers) -> list[Binding]:
+    """The forwards that put the adapters inside the fake quantisers."""
+    numerics = {id(module): found for module, found in layers}
+    shared: dict[int, Binding] = {}
+    blocks: list[Binding] = []
+    for parent in model.modules():
+        for names in _SHARED:
+            members = _children(parent, names, numerics)
+            if members:
+                group = _SharedInput(members)
+                shared |= {
+                    id(module): Binding(module, group.forward(index)) for index, (module, _) in enumerate(members)
+                }
+        members = _children(parent, _GATED, numerics)
+        if members and _is_swiglu(parent):
+            blocks.append(Binding(parent, _gated_forward(members)))
+    return [*(shared.get(id(module)) or Binding(module, _inside(found)) for module, found in layers), *blocks]
+
+
+def bindings_outside(layers: Layers) -> list[Binding]:
+    """The forwards that leave the adapters outside, for comparison."""
+    return [Binding(module, _outside(numerics)) for module, numerics in layers]
+
+
+def _children(parent: nn.Module, names: Sequence[str], numerics: dict[int, LayerNumerics]) -> list[tuple[Any, Any]]:
+    """(layer, its numerics) of the children of these names, which must all be fake-quantised alike."""
+    modules = [parent._modules.get(name) for name in names]
+    members = [(module, numerics[id(module)]) for module in modules if module is not None and id(module) in numerics]
+    if len(members) < len(names) or len({(n.numbers, n.group_size, n.dtype) for _, n in members}) > 1:
+        return []
+    devices = {base_linear(module).weight.device for module, _ in members}
+    return members if len(devices) == 1 else []
+
+
+# ---------------------------------------------------------------------- one layer
+
+
+def _projection(module: Any, numerics: LayerNumerics) -> Projection:
+    linear = base_linear(module)
+    return Projection(linear.weight, *_adapter_in_use(module, numerics), linear.bias, numerics.factor)
+
+
+def _inside(numerics: LayerNumerics) -> Callable[..., Tensor]:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        projection = _projection(self, numerics)
+        output = fake_quant_linear(x, projection, numerics)
+        dropout = _dropout(self)
+        if dropout is None or projection.lora_a is None or projection.lora_b is None:
+            return output
+        # Dropout perturbs the adapter's input around its mean, which is what the merged weight multiplies.
+        noise = dropout(x) - x
+        return output + _adapter_output(noise, projection, numerics.scaling).to(output.dtype)
+
+    return forward
+
+
+def _outside(numerics: LayerNumerics) -> Callable[..., Tensor]:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        projection = _projection(self, numerics)
+        output = fake_quant_linear(x, projection._replace(lora_a=None, lora_b=None), numerics)
+        if projection.lora_a is None or projection.lora_b is None:
+            return output
+        dropout = _dropout(self)
+        inputs = x if dropout is None else dropout(x)
+        return output + _adapter_output(inputs, projection, numerics.scaling).to(output.dtype)
+
+    return forward
+
+
+def _adapter_in_use(module: Any, numerics: LayerNumerics) -> tuple[Tensor | None, Tensor | None]:
+    """(A, B), or (None, None) under `disable_adapter()`.
+
+    Raises:
+        UserError: peft changed the adapter since it was prepared: what is computed would not be what ships.
+    """
+    if getattr(module, "disable_adapters", False):
+        return None, None
+    if getattr(module, "merged", False):
+        raise UserError(
+            f"{numerics.name}: its adapter was merged after prepare_qat; call model.unmerge_adapter() first"
+        )
+    if scaling_of(module) != numerics.scaling:
+        raise UserError(f"{numerics.name}: another adapter was made active after prepare_qat; prepare the model again")
+    return adapter_of(module)
+
+
+def _adapter_output(inputs: Tensor, projection: Projection, scaling: float) -> Tensor:
+    assert projection.lora_a is not None and projection.lora_b is not None
+    return inputs.to(projection.lora_a.dtype) @ projection.lora_a.t() @ projection.lora_b.t() * scaling
+
+
+def _dropout(module: Any) -> nn.Dropout | None:
+    """LoRA's dropout of a layer, where it does something at the moment."""
+    if not getattr(module, "lora_dropout", None) or not module.training or module.disable_adapters:
+        return None
+    (name,) = module.active_adapters
+    dropout = module.lora_dropout[name] if name in module.lora_dropout else None
+    return dropout if isinstance(dropout, nn.Dropout) and dropout.p > 0 else None
+
+
+# ---------------------------------------------------------------------- several layers at once
+
+
+class _SharedInput:
+    """Sibling layers with the same input: when the first is called it computes all, and the others take theirs.
+
+    Where they turn out to be called with inputs of their own (cross attention), each computes for itself from then on.
+    """
+
+    def __init__(self, members: Layers) -> None:
+        self.members = members
+        self.separate = False
+        self._input: tuple[Tensor, int] | None = None
+        self._waiting: dict[int, Tensor] = {}
+
+    def forward(self, index: int) -> Callable[..., Tensor]:
+        """The forward of the layer at that place."""
+        alone = _inside(self.members[index][1])
+
+        def forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if index == 0:
+                return alone(module, x) if self.separate or self._perturbed() else self._compute(x)
+            output = self._take(index, x)
+            return alone(module, x) if output is None else output
+
+        return forward
+
+    def _perturbed(self) -> bool:
+        return any(_dropout(module) is not None for module, _ in self.members)
+
+    def _compute(self, x: Tensor) -> Tensor:
+        projections = [_projection(module, numerics) for module, numerics in self.members]
+        output, *others = fake_quant_linears(x, projections, [numerics for _, numerics in self.members])
+        self._input, self._waiting = (x, _version(x)), dict(enumerate(others, start=1))
+        return output
+
+    def _take(self, index: int, x: Tensor) -> Tensor | None:
+        if index not in self._waiting:
+            return None
+        assert self._input is not None
+        if x is not self._input[0] or _version(x) != self._input[1]:
+            self.separate, self._input, self._waiting = True, None, {}
+            return None
+        output = self._waiting.pop(index)
+        if not self._waiting:
+            self._input = None
+        return output
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def _gated_forward(members: Layers) -> Callable[..., Tensor]:
+    numerics = [found for _, found in members]
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if any(_dropout(module) is not None for module, _ in members):
+            output: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            return output
+        return fake_quant_swiglu(x, [_projection(module, found) for module, found in members], numerics)
+
+    return forward
+
+
+def _is_swiglu(module: Any) -> bool:
+    """Whether a module computes down(silu(gate(x)) * up(x)), asked of its class's own forward."""
+    own = vars(module).get("forward")
+    if own is not None and not getattr(own, "__module__", "").startswith("unsloth."):
+        return False
+    if hasattr(module, "_unsloth_forward") or type(getattr(module, "act_fn", None)).__name__ not in _SILU:
+        return False
+    stand_in = types.SimpleNamespace(
+        gate_proj=lambda x: _Term("gate", x),
+        up_proj=lambda x: _Term("up", x),
+        down_proj=lambda x: _Term("down", x),
+        act_fn=lambda x: _Term("act", x),
+    )
+    try:
+        computed = type(module).forward(stand_in, _Term("x"))
+    except Exception:  # it wants more than the layers: no plain gated MLP
+        return False
+    return str(computed) == "down((act(gate(x())) * up(x())))"
+
+
+_SILU = ("SiLU", "SiLUActivation")
+
+
+class _Term:
+    """A term of what a forward computes, written out."""
+
+    def __init__(self, name: str, *inside: object) -> None:
+        self.text = f"{name}({', '.join(map(str, inside))})"
+
+    def __mul__(self, other: object) -> _Term:
+        product = _Term("")
+        product.text = f"({self} * {other})"
+        return product
+
+    def __str__(self) -> str:
+        return self.text
+
+
+# ---------------------------------------------------------------------- the embedding
+
+
+def binding_of_embedding(embedding: nn.Embedding, numerics: LayerNumerics) -> Binding:
+    """A look-up of rounded rows."""
+
+    def forward(self: Any, ids: Tensor) -> Tensor:
+        scale = getattr(self, "scalar_embed_scale", None)  # Gemma multiplies what it looks up
+        numerics.calls[numerics.name] += 1
+        if self.weight.requires_grad:
+            rows = nn.functional.embedding(ids, self.weight, self.padding_idx)
+            output = rows + (_restored_rows(rows.detach(), numerics) - rows).detach()
+        else:
+            size = self.weight.numel() + self.weight.shape[0] * numerics.dtype.itemsize
+            if numerics.cache.fits(numerics.name, size):
+                table = numerics.cache.get(numerics.name, (self.weight,), None, lambda: _whole(self.weight, numerics))
+                assert isinstance(table, Quantised)
+                found = Quantised(table.values[ids], table.scale[ids])
+                output = numerics.numbers.restore(found, numerics.dtype).to(self.weight.dtype)
+            else:
+                output = _restored_rows(nn.functional.embedding(ids, self.weight, self.padding_idx), numerics)
+        return output if scale is None else output * self.embed_scale.to(self.weight.dtype)
+
+    return Binding(embedding, forward)
+
+
+def _restored_rows(rows: Tensor, numerics: LayerNumerics) -> Tensor:
+    """Rows (..., I) rounded: each has its scale, so that those that are looked up are all that needs rounding."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    return numerics.numbers.restore(numerics.quantise(flat), numerics.dtype).to(rows.dtype).reshape(rows.shape)
+
+
+@torch.no_grad()
+def _whole(weight: Tensor, numerics: LayerNumerics) -> Quantised:
+    parts = [numerics.quantise(rows) for rows in weight.split(8192)]  # a step's memory, not the table's in float32
+    return Quantised(
+        torch.cat([part.values.to(torch.int8) for part in parts]), torch.cat([part.scale for part in parts])
+    )

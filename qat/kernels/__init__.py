@@ -1,0 +1,247 @@
+"""How a layer's fake quantisation is computed: by fused kernels, or by the definition itself in plain torch.
+
+Here is the one place that chooses: `path_of`. Both paths give the same bits (tests/kernels, tests/gpu), so what follows
+from the choice is speed alone: a weight is merged, rounded and restored in one read and one write, an input in another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from quantize import float8, integers
+from quantize.numerics import Numbers, Quantised
+
+
+@torch.no_grad()
+def merged_weight(weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float) -> Tensor:
+    """W + s B A in float32, of which the grid's integers are chosen; W itself where there is no adapter.
+
+    A bf16 sum would hide every adapter that moves a weight by less than half a step of bf16.
+
+    Args:
+        weight: (O, I). lora_a: (R, I) or None. lora_b: (O, R) or None.
+    """
+    if lora_a is None or lora_b is None:
+        return weight
+    with torch.autocast(weight.device.type, enabled=False):
+        return torch.addmm(weight.float(), lora_b.float(), lora_a.float(), alpha=scaling)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What one layer multiplies.
+
+    Attributes:
+        weight: (O, I). lora_a: (R, I) or None. lora_b: (O, R) or None.
+        scaling: LoRA's s.
+        factor: (O, G) of each group's range, or None.
+        group_size: weights per scale; None = one scale a row.
+        dtype: of the scales, and of the restored weight before it is cast to what the layer computes in.
+    """
+
+    weight: Tensor
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    scaling: float
+    factor: Tensor | None
+    group_size: int | None
+    dtype: torch.dtype
+
+
+class Path(Protocol):
+    """One way to compute a format."""
+
+    def quantise(self, layer: Layer) -> Quantised:
+        """The merged weight on the grid that ships."""
+
+    def weight(self, layer: Layer, compute: torch.dtype) -> Tensor | Quantised:
+        """The merged weight as the product takes it: restored (O, I) in `compute`, or on its grid."""
+
+    def restored_weight(self, weight: Tensor | Quantised, layer_dtype: torch.dtype, compute: torch.dtype) -> Tensor:
+        """What `weight` gave, restored (O, I) for the gradients."""
+
+    def inputs(self, x: Tensor) -> Tensor | Quantised:
+        """The inputs (..., I) as the product takes them: rounded, or on their grid."""
+
+    def restored_inputs(self, inputs: Tensor | Quantised, compute: torch.dtype) -> Tensor:
+        """What `inputs` gave, restored (..., I) for the gradients."""
+
+    def product(self, inputs: Any, weight: Any, bias: Tensor | None, compute: torch.dtype) -> Tensor:
+        """(..., O): the shipped layer's output."""
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor | Quantised:
+        """`inputs(silu(gate) * up)`."""
+
+    def swiglu_backward_(self, gate: Tensor, up: Tensor, grad: Tensor) -> Tensor | Quantised:
+        """Replaces gate and up by their gradients; returns what `swiglu` gave. `grad` may be overwritten."""
+
+
+class PlainPath:
+    """The definition of the numbers, step by step: every device, every format."""
+
+    def __init__(self, numbers: Numbers) -> None:
+        self.numbers = numbers
+
+    def quantise(self, layer: Layer) -> Quantised:
+        """See `Path.quantise`."""
+        merged = merged_weight(layer.weight, layer.lora_a, layer.lora_b, layer.scaling)
+        return self.numbers.quantise(merged, layer.group_size, layer.dtype, layer.factor)
+
+    def weight(self, layer: Layer, compute: torch.dtype) -> Tensor | Quantised:
+        """See `Path.weight`."""
+        quantised = self.quantise(layer)
+        return quantised if self.numbers.linear is not None else self.restored_weight(quantised, layer.dtype, compute)
+
+    def restored_weight(self, weight: Tensor | Quantised, layer_dtype: torch.dtype, compute: torch.dtype) -> Tensor:
+        """See `Path.restored_weight`."""
+        return weight if isinstance(weight, Tensor) else self.numbers.restore(weight, layer_dtype).to(compute)
+
+    def inputs(self, x: Tensor) -> Tensor | Quantised:
+        """See `Path.inputs`."""
+        rounding = self.numbers.encode or self.numbers.activation
+        return x if rounding is None else rounding(x)
+
+    def restored_inputs(self, inputs: Tensor | Quantised, compute: torch.dtype) -> Tensor:
+        """See `Path.restored_inputs`."""
+        return inputs if isinstance(inputs, Tensor) else float8.restore_fp8(inputs, compute)
+
+    def product(self, inputs: Any, weight: Any, bias: Tensor | None, compute: torch.dtype) -> Tensor:
+        """See `Path.product`."""
+        if self.numbers.linear is not None:
+            return self.numbers.linear(inputs, weight, bias, compute)
+        return self.numbers.product(inputs, weight, bias)
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor | Quantised:
+        """See `Path.swiglu`."""
+        return self.inputs(torch.nn.functional.silu(gate) * up)
+
+    def swiglu_backward_(self, gate: Tensor, up: Tensor, grad: Tensor) -> Tensor | Quantised:
+        """See `Path.swiglu_backward_`."""
+        silu = torch.nn.functional.silu(gate)
+        inputs = self.inputs(silu * up)
+        to_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        up.copy_(grad * silu)
+        gate.copy_(to_gate)
+        return inputs
+
+
+class FusedPath(PlainPath):
+    """The same bits by Triton's kernels.
+
+    Attributes:
+        bits: width of symmetric integers per group; None = tinygemm's int4.
+        rows: one scale a row, multiplied after the sum, in place of groups.
+        kind: how inputs are rounded: "none", "int8", "fp8".
+    """
+
+    def __init__(self, numbers: Numbers, *, bits: int | None = None, rows: bool = False, kind: str = "none") -> None:
+        super().__init__(numbers)
+        self.bits, self.rows, self.kind = bits, rows, kind
+
+    def _merged(self, layer: Layer) -> tuple[Tensor, Tensor | None, Tensor | None, float, Tensor | None]:
+        return layer.weight, layer.lora_a, layer.lora_b, layer.scaling, layer.factor
+
+    def quantise(self, layer: Layer) -> Quantised:
+        """See `Path.quantise`."""
+        from qat.kernels import weights
+
+        if self.rows:
+            return weights.row_weight(*self._merged(layer), values=self._stored())
+        if layer.group_size is None:
+            return super().quantise(layer)
+        quantised = weights.grouped_weight(
+            *self._merged(layer), layer.group_size, layer.dtype, bits=self.bits, out=None
+        )
+        assert isinstance(quantised, Quantised)
+        return quantised
+
+    def weight(self, layer: Layer, compute: torch.dtype) -> Tensor | Quantised:
+        """See `Path.weight`."""
+        from qat.kernels import weights
+
+        if self.rows:
+            values = compute if self.kind == "none" else self._stored()
+            return weights.row_weight(*self._merged(layer), values=values)
+        if layer.group_size is None:
+            return super().weight(layer, compute)
+        return weights.grouped_weight(*self._merged(layer), layer.group_size, layer.dtype, bits=self.bits, out=compute)
+
+    def _stored(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.kind == "fp8" else torch.int8
+
+    def restored_weight(self, weight: Tensor | Quantised, layer_dtype: torch.dtype, compute: torch.dtype) -> Tensor:
+        """See `Path.restored_weight`."""
+        from qat.kernels import inputs as kernels
+
+        if isinstance(weight, Tensor):
+            return weight
+        if not self.rows:
+            return super().restored_weight(weight, layer_dtype, compute)
+        return kernels.restored_rows(weight, layer_dtype).to(compute)
+
+    def inputs(self, x: Tensor) -> Tensor | Quantised:
+        """See `Path.inputs`."""
+        from qat.kernels import inputs as kernels
+
+        return kernels.rounded(x, self.kind)
+
+    def restored_inputs(self, inputs: Tensor | Quantised, compute: torch.dtype) -> Tensor:
+        """See `Path.restored_inputs`."""
+        from qat.kernels import inputs as kernels
+
+        return inputs if isinstance(inputs, Tensor) else kernels.restored_rows(inputs, compute)
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor | Quantised:
+        """See `Path.swiglu`."""
+        from qat.kernels import inputs as kernels
+
+        return kernels.swiglu(gate, up, self.kind)
+
+    def swiglu_backward_(self, gate: Tensor, up: Tensor, grad: Tensor) -> Tensor | Quantised:
+        """See `Path.swiglu_backward_`."""
+        from qat.kernels import inputs as kernels
+
+        return kernels.swiglu_backward_(gate, up, grad, self.kind)
+
+
+def fused_path(numbers: Numbers) -> FusedPath | None:
+    """The kernels of a format; None for the formats that have none."""
+    symmetric = {2: integers.INT2, 3: integers.INT3, 4: integers.INT4, 8: integers.INT8}
+    for bits, format_ in symmetric.items():
+        if numbers is format_:
+            return FusedPath(numbers, bits=bits)
+    if numbers is integers.INT8_INT4:
+        return FusedPath(numbers, bits=4, kind="int8")
+    if numbers is integers.TINYGEMM:
+        return FusedPath(numbers)
+    if numbers is integers.INT8_ROWS:
+        return FusedPath(numbers, rows=True)
+    if numbers is float8.FP8:
+        return FusedPath(numbers, rows=True, kind="fp8")
+    return None
+
+
+def path_of(numbers: Numbers, weight: Tensor, *, fused: bool) -> Path:
+    """How a layer with this weight computes its format.
+
+    Args:
+        fused: False asks for the definition itself.
+    """
+    if fused and weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float32):
+        found = fused_path(numbers)
+        # bf16 is Ampere's, float8 Ada's.
+        if found is not None and _capability() >= ((8, 9) if found.kind == "fp8" else (8, 0)):
+            return found
+    return PlainPath(numbers)
+
+
+@cache
+def _capability() -> tuple[int, int]:
+    """Of the GPU; (0, 0) where Triton is not installed."""
+    return torch.cuda.get_device_capability() if find_spec("triton") is not None else (0, 0)

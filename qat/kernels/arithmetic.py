@@ -1,0 +1,93 @@
+"""The roundings that the Triton kernels share: each the same bits as torch's own operation on the GPU.
+
+`EXACT` is for Triton's interpreter, which truncates where the hardware rounds: there the rounding is done on the bits.
+`RECIPROCAL`: torch on CUDA divides by a Python number by multiplying with its float32 reciprocal; on a CPU it divides.
+"""
+
+# Triton annotates its own language (`tl.constexpr`) in ways that mypy cannot follow.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return,name-defined,valid-type,misc"
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def to_bf16(x, EXACT: tl.constexpr):
+    """Rounded to bf16, half to even; still float32."""
+    if EXACT:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        return tl.where(x == x, rounded, x)
+    return x.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def to_dtype(x, BF16: tl.constexpr, EXACT: tl.constexpr):
+    """Rounded to bf16 where `BF16`, else as it is."""
+    if BF16:
+        return to_bf16(x, EXACT)
+    return x
+
+
+@triton.jit
+def to_float8(x, EXACT: tl.constexpr):
+    """Rounded to float8_e4m3fn, half to even. |x| <= 448."""
+    if EXACT:
+        bits = x.to(tl.uint32, bitcast=True)
+        magnitude = tl.abs(x)
+        steps = (
+            (magnitude + 24576.0) - 24576.0
+        ) * 512.0  # of 2**-9, the smallest subnormal; 24576 = 1.5 * 2**23 / 2**9
+        rounded = ((bits & 0x7FFFFFFF) + 0x7FFFF + ((bits >> 20) & 1)) >> 20
+        code = tl.where(
+            magnitude < 0.015625, steps.to(tl.uint32), rounded - 960
+        )  # 960: the exponents' biases differ by 120
+        code = tl.where(x == x, code, 127) | ((bits >> 31) << 7)
+        return code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    else:
+        return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def nearest(x):
+    """The nearest integer, half to even, for |x| < 2**22."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def at_least(x, low):
+    """max(x, low) that keeps NaN, as torch.clamp does."""
+    return tl.where(x < low, low, x)
+
+
+@triton.jit
+def clamped(x, low, high):
+    """clamp(x, low, high) that keeps NaN."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def divided(x, by: tl.constexpr, RECIPROCAL: tl.constexpr):
+    """x / number as torch computes it on this device."""
+    if RECIPROCAL:
+        return x * tl.div_rn(tl.full([1], 1.0, tl.float32), tl.full([1], by, tl.float32))
+    return tl.div_rn(x, tl.full(x.shape, by, tl.float32))
+
+
+@triton.jit
+def magnitude_bits(x):
+    """|x| as an integer of the same order, NaN above all: integer maxima keep NaN, which float maxima drop."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def ordered_bits(x):
+    """x as an integer of the same order; NaN lies above or below all, by its sign."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def from_ordered(bits):
+    """What `ordered_bits` was made of."""
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
