@@ -93,8 +93,8 @@ def weight(
             weight=draw[0].bfloat16(), lora_a=draw[1], lora_b=draw[2], scaling=1.0, factor=None, group_size=group,
             dtype=torch.bfloat16,
         ))  # fmt: skip
-    out = path.weight(layers[0], torch.bfloat16)
-    return _line([lambda layer=layer: path.weight(layer, torch.bfloat16) for layer in layers], layers[0].weight, out)
+    out = path.weights([layers[0]], torch.bfloat16)[0]
+    return _line([lambda layer=layer: path.weights([layer], torch.bfloat16) for layer in layers], layers[0].weight, out)
 
 
 def inputs(path: FusedPath, columns: int, tokens: int) -> dict[str, Any]:

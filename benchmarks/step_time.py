@@ -109,7 +109,7 @@ class _Arm:
         self.line: dict[str, Any] = {"arm": name, "shape": options.shape, "batch": options.batch}
         self.line |= {"length": options.length, "rank": options.rank, "checkpointing": options.checkpointing}
         environment = os.environ | dict(setting.split("=", 1) for setting in settings)
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  open for as long as the process
         self.process = subprocess.Popen(
             [*_again(), "--child", self.name, "--folder", str(folder)],
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.adapters import adapter_of, base_linear, scaling_of
+from qat.adapters import adapter_of, base_linear
 from qat.linear import LayerNumerics, Projection, fake_quant_linear, fake_quant_linears, fake_quant_swiglu
 from quantize.errors import UserError
 from quantize.numerics import Quantised
@@ -86,12 +86,12 @@ def bindings_inside(model: nn.Module, layers: Layers) -> list[Binding]:
         members = _children(parent, _GATED, numerics)
         if members and _is_swiglu(parent):
             blocks.append(Binding(parent, _gated_forward(members)))
-    return [*(shared.get(id(module)) or Binding(module, _inside(found)) for module, found in layers), *blocks]
+    return [*(shared.get(id(module)) or Binding(module, _inside(module, found)) for module, found in layers), *blocks]
 
 
 def bindings_outside(layers: Layers) -> list[Binding]:
     """The forwards that leave the adapters outside, for comparison."""
-    return [Binding(module, _outside(numerics)) for module, numerics in layers]
+    return [Binding(module, _outside(module, numerics)) for module, numerics in layers]
 
 
 def _children(parent: nn.Module, names: Sequence[str], numerics: dict[int, LayerNumerics]) -> list[tuple[Any, Any]]:
@@ -107,14 +107,46 @@ def _children(parent: nn.Module, names: Sequence[str], numerics: dict[int, Layer
 # ---------------------------------------------------------------------- one layer
 
 
-def _projection(module: Any, numerics: LayerNumerics) -> Projection:
-    linear = base_linear(module)
-    return Projection(linear.weight, *_adapter_in_use(module, numerics), linear.bias, numerics.factor)
+class _Tensors:
+    """What one layer multiplies, looked up in its modules at each call, where peft may have changed it."""
+
+    def __init__(self, module: Any, numerics: LayerNumerics) -> None:
+        self.module, self.numerics = module, numerics
+        self.linear = base_linear(module)
+        self.adapted = adapter_of(module)[0] is not None
+        if self.adapted:
+            (self.name,) = module.active_adapters
+            self.lora_a, self.lora_b = module.lora_A[self.name], module.lora_B[self.name]
+
+    def projection(self) -> Projection:
+        """The tensors in use: no adapter under `disable_adapter()`.
+
+        Raises:
+            UserError: peft changed the adapter since it was prepared: what is computed would not be what ships.
+        """
+        module, parameters = self.module, self.linear._parameters
+        weight = parameters["weight"]
+        assert weight is not None
+        lora_a = lora_b = None
+        if self.adapted and not module.disable_adapters:
+            if module.merged:
+                raise UserError(
+                    f"{self.numerics.name}: its adapter was merged after prepare_qat; "
+                    "call model.unmerge_adapter() first"
+                )
+            if module.active_adapters != [self.name] or module.scaling[self.name] != self.numerics.scaling:
+                raise UserError(
+                    f"{self.numerics.name}: another adapter was made active after prepare_qat; prepare the model again"
+                )
+            lora_a, lora_b = self.lora_a._parameters["weight"], self.lora_b._parameters["weight"]
+        return Projection(weight, lora_a, lora_b, parameters["bias"], self.numerics.factor)
 
 
-def _inside(numerics: LayerNumerics) -> Callable[..., Tensor]:
+def _inside(module: Any, numerics: LayerNumerics) -> Callable[..., Tensor]:
+    tensors = _Tensors(module, numerics)
+
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        projection = _projection(self, numerics)
+        projection = tensors.projection()
         output = fake_quant_linear(x, projection, numerics)
         dropout = _dropout(self)
         if dropout is None or projection.lora_a is None or projection.lora_b is None:
@@ -126,9 +158,11 @@ def _inside(numerics: LayerNumerics) -> Callable[..., Tensor]:
     return forward
 
 
-def _outside(numerics: LayerNumerics) -> Callable[..., Tensor]:
+def _outside(module: Any, numerics: LayerNumerics) -> Callable[..., Tensor]:
+    tensors = _Tensors(module, numerics)
+
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        projection = _projection(self, numerics)
+        projection = tensors.projection()
         output = fake_quant_linear(x, projection._replace(lora_a=None, lora_b=None), numerics)
         if projection.lora_a is None or projection.lora_b is None:
             return output
@@ -137,23 +171,6 @@ def _outside(numerics: LayerNumerics) -> Callable[..., Tensor]:
         return output + _adapter_output(inputs, projection, numerics.scaling).to(output.dtype)
 
     return forward
-
-
-def _adapter_in_use(module: Any, numerics: LayerNumerics) -> tuple[Tensor | None, Tensor | None]:
-    """(A, B), or (None, None) under `disable_adapter()`.
-
-    Raises:
-        UserError: peft changed the adapter since it was prepared: what is computed would not be what ships.
-    """
-    if getattr(module, "disable_adapters", False):
-        return None, None
-    if getattr(module, "merged", False):
-        raise UserError(
-            f"{numerics.name}: its adapter was merged after prepare_qat; call model.unmerge_adapter() first"
-        )
-    if scaling_of(module) != numerics.scaling:
-        raise UserError(f"{numerics.name}: another adapter was made active after prepare_qat; prepare the model again")
-    return adapter_of(module)
 
 
 def _adapter_output(inputs: Tensor, projection: Projection, scaling: float) -> Tensor:
@@ -181,13 +198,15 @@ class _SharedInput:
 
     def __init__(self, members: Layers) -> None:
         self.members = members
+        self.tensors = [_Tensors(module, numerics) for module, numerics in members]
+        self.numerics = [numerics for _, numerics in members]
         self.separate = False
         self._input: tuple[Tensor, int] | None = None
         self._waiting: dict[int, Tensor] = {}
 
     def forward(self, index: int) -> Callable[..., Tensor]:
         """The forward of the layer at that place."""
-        alone = _inside(self.members[index][1])
+        alone = _inside(*self.members[index])
 
         def forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if index == 0:
@@ -201,8 +220,7 @@ class _SharedInput:
         return any(_dropout(module) is not None for module, _ in self.members)
 
     def _compute(self, x: Tensor) -> Tensor:
-        projections = [_projection(module, numerics) for module, numerics in self.members]
-        output, *others = fake_quant_linears(x, projections, [numerics for _, numerics in self.members])
+        output, *others = fake_quant_linears(x, [tensors.projection() for tensors in self.tensors], self.numerics)
         self._input, self._waiting = (x, _version(x)), dict(enumerate(others, start=1))
         return output
 
@@ -225,12 +243,13 @@ def _version(x: Tensor) -> int:
 
 def _gated_forward(members: Layers) -> Callable[..., Tensor]:
     numerics = [found for _, found in members]
+    layers = [_Tensors(module, found) for module, found in members]
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if any(_dropout(module) is not None for module, _ in members):
             output: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
             return output
-        return fake_quant_swiglu(x, [_projection(module, found) for module, found in members], numerics)
+        return fake_quant_swiglu(x, [tensors.projection() for tensors in layers], numerics)
 
     return forward
 
@@ -288,7 +307,9 @@ def binding_of_embedding(embedding: nn.Embedding, numerics: LayerNumerics) -> Bi
         else:
             size = self.weight.numel() + self.weight.shape[0] * numerics.dtype.itemsize
             if numerics.cache.fits(numerics.name, size):
-                table = numerics.cache.get(numerics.name, (self.weight,), None, lambda: _whole(self.weight, numerics))
+                (table,) = numerics.cache.get(
+                    numerics.name, (self.weight,), None, lambda: [_whole(self.weight, numerics)]
+                )
                 assert isinstance(table, Quantised)
                 found = Quantised(table.values[ids], table.scale[ids])
                 output = numerics.numbers.restore(found, numerics.dtype).to(self.weight.dtype)

@@ -9,7 +9,7 @@ Only where the range of a group has a factor of its own does the format clip, an
 leave out the weights that clip, and to move the factor. It lives within one layer's backward pass.
 
 Layers that share an input (q, k and v; gate and up) are one function of it: the input is rounded once, kept once, and
-its products with all their adapters are one product. A gated MLP is one function too, which keeps what LoRA's own keeps.
+its products with all their adapters are one. A gated MLP is one function too, which keeps what LoRA's own keeps.
 
 Shapes: `N` tokens, `O` out_features, `I` in_features, `G` groups, `R` rank; x is (..., I), A is (R, I), B is (O, R).
 """
@@ -59,23 +59,16 @@ class LayerNumerics:
 
     def path(self, weight: Tensor) -> Path:
         """How this layer is computed where `weight` lies."""
-        return path_of(self.numbers, weight, fused=self.fused)
+        return path_of(self.numbers, weight.device.type, weight.dtype, fused=self.fused)
 
-    def layer(self, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None) -> Layer:
+    def layer(self, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, factor: Tensor | None) -> Layer:
         """The layer with these weights."""
-        return Layer(
-            weight=weight.detach(),
-            lora_a=None if lora_a is None else lora_a.detach(),
-            lora_b=None if lora_b is None else lora_b.detach(),
-            scaling=self.scaling,
-            factor=None if self.factor is None else self.factor.detach(),
-            group_size=self.group_size,
-            dtype=self.dtype,
-        )
+        return Layer(weight, lora_a, lora_b, self.scaling, factor, self.group_size, self.dtype)
 
+    @torch.no_grad()
     def quantise(self, weight: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None = None) -> Quantised:
         """W + s B A (O, I) on the grid that ships."""
-        return self.path(weight).quantise(self.layer(weight, lora_a, lora_b))
+        return self.path(weight).quantise(self.layer(weight, lora_a, lora_b, self.factor))
 
 
 class Projection(NamedTuple):
@@ -129,9 +122,11 @@ class _Linears(torch.autograd.Function):
         projections = _projections(tensors)
         compute = _compute_dtype(x, projections[0].weight)
         path = numerics[0].path(projections[0].weight)
-        with torch.autocast(x.device.type, enabled=False):
+        with path.exactly(x.device.type):
             inputs = path.inputs(x.to(compute))
-            outputs, weights = _products(path, inputs, projections, numerics, compute)
+            weights = _weights(path, projections, numerics, compute)
+            outputs = _products(path, inputs, _each(weights, projections), projections, compute)
+        _count(numerics)
         _save(ctx, path, (inputs,), projections, weights, numerics)
         ctx.x_dtype, ctx.compute = x.dtype, compute
         return tuple(outputs)
@@ -139,11 +134,13 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (inputs,), projections, weights = _saved(ctx)
-        with torch.autocast(grads[0].device.type, enabled=False):
+        with ctx.path.exactly(grads[0].device.type):
             rows = [grad.to(ctx.compute).reshape(-1, grad.shape[-1]) for grad in grads]
-            shipped = _restored(ctx, projections, weights, range(len(projections)))
-            grad_x = _to_inputs(rows, shipped) if ctx.needs_input_grad[0] else None
-            del shipped
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                shipped = _restored(ctx.path, weights, projections, ctx.numerics, ctx.compute)
+                grad_x = _to_inputs(rows, _each(shipped, projections))
+                del shipped
             flat = ctx.path.restored_inputs(inputs, ctx.compute).flatten(0, -2)
             needs = _projections(ctx.needs_input_grad[2:])
             found = _to_parameters(rows, flat, projections, ctx.numerics, needs)
@@ -160,11 +157,19 @@ class _SwiGLU(torch.autograd.Function):
         projections = _projections(tensors)
         compute = _compute_dtype(x, projections[0].weight)
         path = numerics[0].path(projections[0].weight)
-        with torch.autocast(x.device.type, enabled=False):
+        with path.exactly(x.device.type):
             inputs = path.inputs(x.to(compute))
-            (gate, up), weights = _products(path, inputs, projections[:2], numerics[:2], compute)
-            (output,), last = _products(path, path.swiglu(gate, up), projections[2:], numerics[2:], compute)
-        _save(ctx, path, (inputs, gate, up), projections, [*weights, *last], numerics)
+            weights = _weights(path, projections[:2], numerics[:2], compute)
+            if len(weights) == 1:  # one product gives both
+                bias = _joined_bias(projections[:2], compute)
+                halves = [path.product(inputs, weights[0], bias, compute)]
+            else:
+                halves = _products(path, inputs, weights, projections[:2], compute)
+            hidden = path.swiglu(*_gate_and_up(halves, projections))
+            last = _weights(path, projections[2:], numerics[2:], compute)
+            (output,) = _products(path, hidden, last, projections[2:], compute)
+        _count(numerics)
+        _save(ctx, path, (inputs, *halves), projections, [*last, *weights], numerics)
         ctx.x_dtype, ctx.compute, ctx.spent = x.dtype, compute, False
         return output
 
@@ -173,24 +178,32 @@ class _SwiGLU(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError("a fake-quantised MLP computes its gradients in place, and only once: no retain_graph")
         ctx.spent = True
-        (inputs, gate, up), projections, weights = _saved(ctx)
+        path, compute, numerics = ctx.path, ctx.compute, ctx.numerics
+        (inputs, *saved), projections, weights = _saved(ctx)
+        halves = [half for half in saved if isinstance(half, Tensor)]
+        first, last = weights[1:], weights[:1]
         needs = _projections(ctx.needs_input_grad[2:])
-        with torch.autocast(grad.device.type, enabled=False):
-            rows = [grad.to(ctx.compute).reshape(-1, grad.shape[-1])]
-            to_hidden = _to_inputs(rows, _restored(ctx, projections, weights, (2,))).reshape(gate.shape)
-            hidden = ctx.path.swiglu_backward_(gate, up, to_hidden)  # gate and up are their gradients from here on
-            flat = ctx.path.restored_inputs(hidden, ctx.compute).flatten(0, -2)
-            last = _to_parameters(rows, flat, projections[2:], ctx.numerics[2:], needs[2:])
-            del to_hidden, hidden, flat
-            rows = [gate.flatten(0, -2), up.flatten(0, -2)]
-            shipped = _restored(ctx, projections, weights, (0, 1))
-            grad_x = _to_inputs(rows, shipped) if ctx.needs_input_grad[0] else None
+        with path.exactly(grad.device.type):
+            rows = [grad.to(compute).reshape(-1, grad.shape[-1])]
+            gate, up = _gate_and_up(halves, projections)
+            (shipped,) = _restored(path, last, projections[2:], numerics[2:], compute)
+            to_hidden = _to_inputs(rows, [shipped]).reshape(gate.shape)
             del shipped
-            flat = ctx.path.restored_inputs(inputs, ctx.compute).flatten(0, -2)
-            found = _to_parameters(rows, flat, projections[:2], ctx.numerics[:2], needs[:2])
+            hidden = path.swiglu_backward_(gate, up, to_hidden)  # gate and up are their gradients from here on
+            flat = path.restored_inputs(hidden, compute).flatten(0, -2)
+            found_last = _to_parameters(rows, flat, projections[2:], numerics[2:], needs[2:])
+            del to_hidden, hidden, flat
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                restored = _restored(path, first, projections[:2], numerics[:2], compute)
+                grad_x = _to_inputs([half.flatten(0, -2) for half in halves], restored)
+                del restored
+            flat = path.restored_inputs(inputs, compute).flatten(0, -2)
+            rows = [gate.flatten(0, -2), up.flatten(0, -2)]
+            found = _to_parameters(rows, flat, projections[:2], numerics[:2], needs[:2])
         if grad_x is not None:
             grad_x = grad_x.to(ctx.x_dtype).reshape(*grad.shape[:-1], -1)
-        return (grad_x, None, *(grad for projection in (*found, *last) for grad in projection))
+        return (grad_x, None, *(grad for projection in (*found, *found_last) for grad in projection))
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -199,31 +212,61 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _products(
-    path: Path,
-    inputs: Weight,
-    projections: Sequence[Projection],
-    numerics: Sequence[LayerNumerics],
-    compute: torch.dtype,
-) -> tuple[list[Tensor], list[Weight]]:
-    """The outputs of layers that share their inputs, and the weights that they were multiplied with."""
-    outputs, weights = [], []
-    for projection, layer in zip(projections, numerics, strict=True):
-        weight = _weight(path, projection, layer, compute)
+    path: Path, inputs: Weight, weights: Sequence[Weight], projections: Sequence[Projection], compute: torch.dtype
+) -> list[Tensor]:
+    """The outputs of layers that share their inputs."""
+    outputs = []
+    for weight, projection in zip(weights, projections, strict=True):
         bias = None if projection.bias is None else projection.bias.to(compute)
         outputs.append(path.product(inputs, weight, bias, compute))
-        weights.append(weight)
+    return outputs
+
+
+def _joined_bias(projections: Sequence[Projection], compute: torch.dtype) -> Tensor | None:
+    if all(projection.bias is None for projection in projections):
+        return None
+    rows = [projection.weight.shape[0] for projection in projections]
+    zeros = [projections[0].weight.new_zeros(count, dtype=compute) for count in rows]
+    return torch.cat([b if p.bias is None else p.bias.to(compute) for p, b in zip(projections, zeros, strict=True)])
+
+
+def _weights(
+    path: Path, projections: Sequence[Projection], numerics: Sequence[LayerNumerics], compute: torch.dtype
+) -> list[Weight]:
+    """The weights that the product takes: one for each layer, or one for all of them together."""
+
+    def make() -> list[Weight]:
+        layers = [
+            layer.layer(part.weight, part.lora_a, part.lora_b, part.factor)
+            for part, layer in zip(projections, numerics, strict=True)
+        ]
+        return path.weights(layers, compute)
+
+    parts = [tensor for part in projections for tensor in (part.weight, part.lora_a, part.lora_b, part.factor)]
+    return numerics[0].cache.get(numerics[0].name, parts, (compute, path), make)
+
+
+def _each(weights: Sequence[Any], projections: Sequence[Projection]) -> list[Any]:
+    """The weight of each layer, where one may hold all."""
+    if len(weights) == len(projections):
+        return list(weights)
+    (joined,) = weights
+    rows = [projection.weight.shape[0] for projection in projections]
+    if isinstance(joined, Tensor):
+        return list(joined.split(rows))
+    values, scales = joined.values.split(rows), joined.scale.split(rows)
+    return [Quantised(value, scale) for value, scale in zip(values, scales, strict=True)]
+
+
+def _gate_and_up(halves: Sequence[Tensor], projections: Sequence[Projection]) -> tuple[Tensor, Tensor]:
+    """Views of the one product that gave both, or the two products."""
+    gate, up = halves if len(halves) == 2 else halves[0].split(projections[0].weight.shape[0], dim=-1)
+    return gate, up
+
+
+def _count(numerics: Sequence[LayerNumerics]) -> None:
+    for layer in numerics:
         layer.calls[layer.name] += 1
-    return outputs, weights
-
-
-def _weight(path: Path, projection: Projection, numerics: LayerNumerics, compute: torch.dtype) -> Weight:
-    weight, lora_a, lora_b, _, factor = projection
-    return numerics.cache.get(
-        numerics.name,
-        (weight, lora_a, lora_b, factor),
-        (compute, type(path)),
-        lambda: path.weight(numerics.layer(weight, lora_a, lora_b), compute),
-    )
 
 
 # ---------------------------------------------------------------------- what is kept for backward
@@ -270,15 +313,15 @@ def _saved(ctx: Any) -> tuple[list[Weight], list[Projection], list[Weight]]:
 
 
 def _restored(
-    ctx: Any, projections: Sequence[Projection], weights: Sequence[Weight], which: Sequence[int]
+    path: Path,
+    weights: Sequence[Weight],
+    projections: Sequence[Projection],
+    numerics: Sequence[LayerNumerics],
+    compute: torch.dtype,
 ) -> list[Tensor]:
-    """The restored weights (O, I) of some of the layers."""
-    found = []
-    for index in which:
-        layer: LayerNumerics = ctx.numerics[index]
-        weight = weights[index] if weights else _weight(ctx.path, projections[index], layer, ctx.compute)
-        found.append(ctx.path.restored_weight(weight, layer.dtype, ctx.compute))
-    return found
+    """The restored weights (O, I), made again where they were not kept; as many as `_weights` gives."""
+    found = weights or _weights(path, projections, numerics, compute)
+    return [path.restored_weight(weight, numerics[0].dtype, compute) for weight in found]
 
 
 # ---------------------------------------------------------------------- gradients
@@ -342,17 +385,20 @@ def _to_adapters(
     if not chosen:
         return found
     ranks = [len(projections[index].lora_a) for index in chosen]  # type: ignore[arg-type]
-    all_a = torch.cat([projections[index].lora_a.to(flat.dtype) for index in chosen])  # type: ignore[union-attr]
-    to_low_rank = flat.new_empty(flat.shape[0], sum(ranks))
-    for index, part in zip(chosen, to_low_rank.split(ranks, dim=1), strict=True):
-        torch.mm(rows[index], projections[index].lora_b.to(flat.dtype), out=part)  # type: ignore[union-attr]
+    all_a = [projections[index].lora_a.to(flat.dtype) for index in chosen]  # type: ignore[union-attr]
+    low_rank = flat @ (all_a[0] if len(all_a) == 1 else torch.cat(all_a)).t()
+    to_low_rank = torch.empty_like(low_rank)
+    parts = zip(chosen, low_rank.split(ranks, dim=1), to_low_rank.split(ranks, dim=1), strict=True)
+    grads_b: list[Tensor | None] = []
+    for index, part, to_part in parts:
+        lora_b, scaling = projections[index].lora_b, numerics[index].scaling
+        assert lora_b is not None
+        to_part.addmm_(rows[index], lora_b.to(flat.dtype), beta=0, alpha=scaling)
+        grad_b = torch.empty_like(lora_b, dtype=flat.dtype)
+        grads_b.append(grad_b.addmm_(rows[index].t(), part, beta=0, alpha=scaling) if needs[index].lora_b else None)
     grads_a = (to_low_rank.t() @ flat).split(ranks)
-    low_rank = (flat @ all_a.t()).split(ranks, dim=1)
-    for index, grad_a, part in zip(chosen, grads_a, low_rank, strict=True):
-        projection, need, scaling = projections[index], needs[index], numerics[index].scaling
-        assert projection.lora_a is not None and projection.lora_b is not None
-        grad_b = (rows[index].t() @ part).to(projection.lora_b.dtype) * scaling if need.lora_b else None
-        found[index] = (grad_a.to(projection.lora_a.dtype) * scaling if need.lora_a else None, grad_b)
+    for index, grad_a, found_b in zip(chosen, grads_a, grads_b, strict=True):
+        found[index] = grad_a if needs[index].lora_a else None, found_b  # autograd casts to their parameter's dtype
     return found
 
 

@@ -216,7 +216,7 @@ def _factor(weight: Tensor, numerics: LayerNumerics, learned: bool) -> Tensor:
 def _embedding(
     model: nn.Module, target: Target, dtype: torch.dtype | None, prepared: Prepared
 ) -> tuple[str, nn.Embedding, LayerNumerics]:
-    """(name, module, numerics) of the input embedding, rounded on look-up. A tied lm_head keeps its own numbers: the two part when they ship."""
+    """(name, module, numerics) of the input embedding. A tied lm_head keeps its own: the two part when they ship."""
     embedding = active_module(model.get_input_embeddings())  # type: ignore[operator]
     if hasattr(embedding, "base_layer"):
         raise UserError("the input embedding has an adapter, which cannot go inside its fake quantiser; leave it out")

@@ -56,8 +56,7 @@ def linear_fp8(inputs: Quantised, weight: Quantised, bias: Tensor | None, dtype:
     Where the GPU has the kernel it is the kernel itself; elsewhere the same sum of exact products in float32.
     """
     left = _rows(inputs)
-    kernel = left.values.is_cuda and dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (8, 9)
-    if kernel:
+    if left.values.is_cuda and dtype == torch.bfloat16 and _capability() >= (8, 9):
         output = torch._scaled_mm(
             left.values,
             weight.values.t(),
@@ -71,6 +70,11 @@ def linear_fp8(inputs: Quantised, weight: Quantised, bias: Tensor | None, dtype:
         summed = _float8_product(left, weight.values, weight.scale)
         output = (summed if bias is None else summed + bias.float()).to(dtype)
     return output.reshape(*inputs.values.shape[:-1], output.shape[-1])
+
+
+@cache
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()
 
 
 def _rows(inputs: Quantised) -> Quantised:
@@ -121,7 +125,7 @@ def linear_fp8_mslk(inputs: Quantised, weight: Quantised, bias: Tensor | None, d
 @cache
 def _mslk_rowwise() -> Callable[..., Tensor] | None:
     """mslk's kernel where it is installed, so that training multiplies with what ships."""
-    if find_spec("mslk") is None or torch.cuda.get_device_capability() < (9, 0):
+    if find_spec("mslk") is None or _capability() < (9, 0):
         return None
     import mslk.gemm  # noqa: F401  registers the op
 

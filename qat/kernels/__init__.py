@@ -6,10 +6,11 @@ from the choice is speed alone: a weight is merged, rounded and restored in one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,8 +34,7 @@ def merged_weight(weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, 
         return torch.addmm(weight.float(), lora_b.float(), lora_a.float(), alpha=scaling)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layer:
+class Layer(NamedTuple):
     """What one layer multiplies.
 
     Attributes:
@@ -57,14 +57,20 @@ class Layer:
 class Path(Protocol):
     """One way to compute a format."""
 
+    def exactly(self, device_type: str) -> AbstractContextManager[Any]:
+        """Held around all the others: no autocast of what has a dtype of its own."""
+
     def quantise(self, layer: Layer) -> Quantised:
         """The merged weight on the grid that ships."""
 
-    def weight(self, layer: Layer, compute: torch.dtype) -> Tensor | Quantised:
-        """The merged weight as the product takes it: restored (O, I) in `compute`, or on its grid."""
+    def weights(self, layers: Sequence[Layer], compute: torch.dtype) -> list[Tensor | Quantised]:
+        """The merged weights as the product takes them: restored (O, I) in `compute`, or on their grid.
+
+        One for each of the layers, which share their input, or a single one of all, one below the other.
+        """
 
     def restored_weight(self, weight: Tensor | Quantised, layer_dtype: torch.dtype, compute: torch.dtype) -> Tensor:
-        """What `weight` gave, restored (O, I) for the gradients."""
+        """What `weights` gave, restored (O, I) for the gradients."""
 
     def inputs(self, x: Tensor) -> Tensor | Quantised:
         """The inputs (..., I) as the product takes them: rounded, or on their grid."""
@@ -88,15 +94,23 @@ class PlainPath:
     def __init__(self, numbers: Numbers) -> None:
         self.numbers = numbers
 
+    def exactly(self, device_type: str) -> AbstractContextManager[Any]:
+        """See `Path.exactly`."""
+        return torch.autocast(device_type, enabled=False)
+
     def quantise(self, layer: Layer) -> Quantised:
         """See `Path.quantise`."""
         merged = merged_weight(layer.weight, layer.lora_a, layer.lora_b, layer.scaling)
         return self.numbers.quantise(merged, layer.group_size, layer.dtype, layer.factor)
 
-    def weight(self, layer: Layer, compute: torch.dtype) -> Tensor | Quantised:
-        """See `Path.weight`."""
-        quantised = self.quantise(layer)
-        return quantised if self.numbers.linear is not None else self.restored_weight(quantised, layer.dtype, compute)
+    def weights(self, layers: Sequence[Layer], compute: torch.dtype) -> list[Tensor | Quantised]:
+        """See `Path.weights`."""
+        found: list[Tensor | Quantised] = []
+        for layer in layers:
+            quantised = PlainPath.quantise(self, layer)
+            as_it_is = self.numbers.linear is not None
+            found.append(quantised if as_it_is else PlainPath.restored_weight(self, quantised, layer.dtype, compute))
+        return found
 
     def restored_weight(self, weight: Tensor | Quantised, layer_dtype: torch.dtype, compute: torch.dtype) -> Tensor:
         """See `Path.restored_weight`."""
@@ -144,33 +158,34 @@ class FusedPath(PlainPath):
         super().__init__(numbers)
         self.bits, self.rows, self.kind = bits, rows, kind
 
-    def _merged(self, layer: Layer) -> tuple[Tensor, Tensor | None, Tensor | None, float, Tensor | None]:
-        return layer.weight, layer.lora_a, layer.lora_b, layer.scaling, layer.factor
+    def exactly(self, device_type: str) -> AbstractContextManager[Any]:
+        """Nothing to hold off: the products' operands are in the dtype of autocast, and autocast knows no kernels."""
+        return nullcontext()
 
     def quantise(self, layer: Layer) -> Quantised:
         """See `Path.quantise`."""
         from qat.kernels import weights
 
         if self.rows:
-            return weights.row_weight(*self._merged(layer), values=self._stored())
+            return weights.row_weight([layer], values=self._stored())
         if layer.group_size is None:
             return super().quantise(layer)
-        quantised = weights.grouped_weight(
-            *self._merged(layer), layer.group_size, layer.dtype, bits=self.bits, out=None
-        )
+        quantised = weights.grouped_weight([layer], layer.group_size, layer.dtype, bits=self.bits, out=None)
         assert isinstance(quantised, Quantised)
         return quantised
 
-    def weight(self, layer: Layer, compute: torch.dtype) -> Tensor | Quantised:
-        """See `Path.weight`."""
+    def weights(self, layers: Sequence[Layer], compute: torch.dtype) -> list[Tensor | Quantised]:
+        """See `Path.weights`."""
         from qat.kernels import weights
 
+        if not weights.alike(layers):
+            return [self.weights([layer], compute)[0] for layer in layers]
         if self.rows:
-            values = compute if self.kind == "none" else self._stored()
-            return weights.row_weight(*self._merged(layer), values=values)
-        if layer.group_size is None:
-            return super().weight(layer, compute)
-        return weights.grouped_weight(*self._merged(layer), layer.group_size, layer.dtype, bits=self.bits, out=compute)
+            return [weights.row_weight(layers, values=compute if self.kind == "none" else self._stored())]
+        group, dtype = layers[0].group_size, layers[0].dtype
+        if group is None:
+            return super().weights(layers, compute)
+        return [weights.grouped_weight(layers, group, dtype, bits=self.bits, out=compute)]
 
     def _stored(self) -> torch.dtype:
         return torch.float8_e4m3fn if self.kind == "fp8" else torch.int8
@@ -210,6 +225,7 @@ class FusedPath(PlainPath):
         return kernels.swiglu_backward_(gate, up, grad, self.kind)
 
 
+@cache
 def fused_path(numbers: Numbers) -> FusedPath | None:
     """The kernels of a format; None for the formats that have none."""
     symmetric = {2: integers.INT2, 3: integers.INT3, 4: integers.INT4, 8: integers.INT8}
@@ -227,21 +243,17 @@ def fused_path(numbers: Numbers) -> FusedPath | None:
     return None
 
 
-def path_of(numbers: Numbers, weight: Tensor, *, fused: bool) -> Path:
-    """How a layer with this weight computes its format.
+@cache
+def path_of(numbers: Numbers, device_type: str, dtype: torch.dtype, *, fused: bool) -> Path:
+    """How a layer whose weight lies on this kind of device, in this dtype, computes its format.
 
     Args:
         fused: False asks for the definition itself.
     """
-    if fused and weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float32):
+    if fused and device_type == "cuda" and dtype in (torch.bfloat16, torch.float32):
         found = fused_path(numbers)
-        # bf16 is Ampere's, float8 Ada's.
-        if found is not None and _capability() >= ((8, 9) if found.kind == "fp8" else (8, 0)):
+        # bf16 is Ampere's, float8 Ada's. Triton is not everywhere.
+        needed = (8, 9) if found is not None and found.kind == "fp8" else (8, 0)
+        if found is not None and find_spec("triton") and torch.cuda.get_device_capability() >= needed:
             return found
     return PlainPath(numbers)
-
-
-@cache
-def _capability() -> tuple[int, int]:
-    """Of the GPU; (0, 0) where Triton is not installed."""
-    return torch.cuda.get_device_capability() if find_spec("triton") is not None else (0, 0)

@@ -21,10 +21,11 @@ from qat.kernels.arithmetic import (
     magnitude_bits,
     nearest,
     ordered_bits,
+    quotient,
     to_dtype,
     to_float8,
 )
-from qat.kernels.launch import SETTINGS, launching
+from qat.kernels.launch import Launcher
 from quantize.numerics import Quantised
 
 KINDS = {"none": 0, "int8": 1, "fp8": 2}
@@ -54,7 +55,7 @@ def _fp8_token(x, BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.conste
     largest = (tl.zeros([1], tl.int32) + tl.max(magnitude_bits(x), 0)).to(tl.float32, bitcast=True)
     scale = to_dtype(divided(largest, 448.0, RECIPROCAL), BF16, EXACT)
     divisor = tl.where(scale == 0.0, 1.0, scale)
-    steps = tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
+    steps = quotient(x, divisor, EXACT)
     return to_float8(clamped(steps, -448.0, 448.0), EXACT), scale
 
 
@@ -69,25 +70,26 @@ def _swiglu(gate, up, BF16: tl.constexpr, EXACT: tl.constexpr):
 @triton.jit
 def _tokens_kernel(
     x_ptr, up_ptr, grad_ptr, out_ptr, scale_ptr,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, SWIGLU: tl.constexpr, GRADIENT: tl.constexpr,
-    BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr,
+    COLUMNS: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, SWIGLU: tl.constexpr,
+    GRADIENT: tl.constexpr, BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
-    """Rounds x, or silu(x) * up; with `GRADIENT` first replaces x and up by their gradients."""
+    """Rounds x, or silu(x) * up; with `GRADIENT` first replaces x and up, whose rows lie `STRIDE` apart."""
     columns = tl.arange(0, BLOCK)
     inside = columns < COLUMNS
     offsets = tl.program_id(0).to(tl.int64) * COLUMNS + columns
-    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    strided = tl.program_id(0).to(tl.int64) * STRIDE + columns
+    x = tl.load(x_ptr + strided, mask=inside, other=0.0).to(tl.float32)
     if SWIGLU:
-        up = tl.load(up_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + strided, mask=inside, other=0.0).to(tl.float32)
         gate = x
         sigmoid, silu, x = _swiglu(gate, up, BF16, EXACT)
         if GRADIENT:
             grad = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
             to_silu = to_dtype(grad * up, BF16, EXACT)
             to_gate = to_silu * (sigmoid * (1.0 + gate * (1.0 - sigmoid)))
-            tl.store(x_ptr + offsets, to_dtype(to_gate, BF16, EXACT).to(x_ptr.dtype.element_ty), mask=inside)
+            tl.store(x_ptr + strided, to_dtype(to_gate, BF16, EXACT).to(x_ptr.dtype.element_ty), mask=inside)
             to_up = to_dtype(grad * silu, BF16, EXACT)
-            tl.store(up_ptr + offsets, to_up.to(up_ptr.dtype.element_ty), mask=inside)
+            tl.store(up_ptr + strided, to_up.to(up_ptr.dtype.element_ty), mask=inside)
     if KIND == 1:
         x = _int8_token(x, BF16, EXACT, RECIPROCAL)
     if KIND == 2:
@@ -109,25 +111,29 @@ def _restore_kernel(
     tl.store(out_ptr + row * COLUMNS + columns, restored.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+_tokens = Launcher(_tokens_kernel)
+_restore = Launcher(_restore_kernel)
+
+
 def _launch(
     x: Tensor, up: Tensor | None, grad: Tensor | None, kind: str, out: Tensor, scale: Tensor | None
 ) -> Tensor | Quantised:
-    rows, columns = x.numel() // x.shape[-1], x.shape[-1]
+    columns = x.shape[-1]
     block = triton.next_power_of_2(columns)
-    with launching(x):
-        _tokens_kernel[(rows,)](
-            x, up, grad, out, scale, COLUMNS=columns, BLOCK=block, KIND=KINDS[kind], SWIGLU=up is not None,
-            GRADIENT=grad is not None, BF16=x.dtype == torch.bfloat16,
-            num_warps=min(16, max(1, block // 512)), **SETTINGS,
-        )  # fmt: skip
+    _tokens(
+        (x.numel() // columns, 1, 1), (x, up, grad, out, scale),
+        columns, x.stride(-2) if x.dim() > 1 else columns, block, KINDS[kind], up is not None, grad is not None,
+        x.dtype == torch.bfloat16,
+        num_warps=min(16, max(1, block // 512)),
+    )  # fmt: skip
     return out if scale is None else Quantised(out, scale)
 
 
 def _room(x: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
     if kind != "fp8":
-        return torch.empty_like(x), None
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device), None
     scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
-    return torch.empty_like(x, dtype=torch.float8_e4m3fn), scale
+    return torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device), scale
 
 
 def rounded(x: Tensor, kind: str) -> Tensor | Quantised:
@@ -139,7 +145,7 @@ def rounded(x: Tensor, kind: str) -> Tensor | Quantised:
 
 
 def swiglu(gate: Tensor, up: Tensor, kind: str) -> Tensor | Quantised:
-    """silu(gate) * up (..., I), rounded as by `rounded`. Both are contiguous."""
+    """silu(gate) * up (..., I), rounded as by `rounded`. Both may be halves of one tensor."""
     return _launch(gate, up, None, kind, *_room(gate, kind))
 
 
@@ -155,8 +161,8 @@ def restored_rows(encoded: Quantised, dtype: torch.dtype) -> Tensor:
     columns = values.shape[-1]
     out = torch.empty_like(values, dtype=dtype)
     block = min(2048, triton.next_power_of_2(columns))
-    with launching(values):
-        _restore_kernel[(values.numel() // columns, triton.cdiv(columns, block))](
-            values, encoded.scale, out, COLUMNS=columns, BLOCK=block, BF16=dtype == torch.bfloat16, **SETTINGS
-        )
+    _restore(
+        (values.numel() // columns, -(-columns // block), 1), (values, encoded.scale, out),
+        columns, block, dtype == torch.bfloat16, num_warps=4,
+    )  # fmt: skip
     return out

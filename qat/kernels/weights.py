@@ -1,6 +1,6 @@
-"""W + s B A -> the fake-quantised weight, in one read of W and one write.
+"""W + s B A -> the fake-quantised weight, in one read of W and one write; several layers in one launch.
 
-The sum is float32, the products on tensor cores with three tf32 terms each, which keep float32's accuracy; what is
+The sum is float32, the products on tensor cores as three products of halves, which keeps float32's accuracy; what is
 rounded then is rounded by the very steps of `quantize.integers` and `quantize.float8`. The kernel that writes the
 weights for training writes, with `INTEGERS`, the grid that ships: one sum, one rounding.
 
@@ -8,6 +8,10 @@ Shapes: W (O, I), A (R, I), B (O, R), scales and factors (O, G); all contiguous.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return,name-defined,valid-type,misc"
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -22,20 +26,65 @@ from qat.kernels.arithmetic import (
     magnitude_bits,
     nearest,
     ordered_bits,
+    quotient,
     to_bf16,
     to_dtype,
     to_float8,
+    upper,
 )
-from qat.kernels.launch import SETTINGS, launching
+from qat.kernels.launch import INTERPRETED, Launcher
 from quantize.numerics import Quantised
 
 
 @triton.jit
+def _pick(index, first, second, third, COUNT: tl.constexpr):
+    """The pointer of that index."""
+    pointer = first
+    if COUNT > 1:  # noqa: SIM102  known when it is compiled, unlike the other
+        if index == 1:
+            pointer = second
+    if COUNT > 2:  # noqa: SIM102
+        if index == 2:
+            pointer = third
+    return pointer
+
+
+@triton.jit
+def _pick_rows(index, first, second, third, STRIP: tl.constexpr):
+    """(rows of the layer of that index, rows before it, strips before it)."""
+    strips_0, strips_1 = tl.cdiv(first, STRIP), tl.cdiv(second, STRIP)
+    rows = tl.where(index == 0, first, tl.where(index == 1, second, third))
+    before = tl.where(index == 0, 0, tl.where(index == 1, first, first + second))
+    return rows, before, tl.where(index == 0, 0, tl.where(index == 1, strips_0, strips_0 + strips_1))
+
+
+@triton.jit
+def _layer_of(strip, first, second, STRIP: tl.constexpr, COUNT: tl.constexpr):
+    """Which of the layers a strip of `STRIP` rows belongs to."""
+    index = strip * 0
+    if COUNT > 1:
+        index += (strip >= tl.cdiv(first, STRIP)).to(tl.int32)
+    if COUNT > 2:
+        index += (strip >= tl.cdiv(first, STRIP) + tl.cdiv(second, STRIP)).to(tl.int32)
+    return index
+
+
+@triton.jit
+def _tile_of_a(a_ptr, columns, column_ids, start, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    """Rows `start` to `start + RANK_BLOCK` of A at these columns."""
+    r = start + tl.arange(0, RANK_BLOCK)
+    inside = (r < RANK)[:, None] & (column_ids < columns)[None, :]
+    return tl.load(a_ptr + r.to(tl.int64)[:, None] * columns + column_ids[None, :], mask=inside, other=0.0).to(
+        tl.float32
+    )
+
+
+@triton.jit
 def _merged(
-    w_ptr, a_ptr, b_ptr, scaling, rows, row_ids, columns, column_ids,
+    w_ptr, a_ptr, b_ptr, scaling, rows, row_ids, columns, column_ids, first_a,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ADAPTER: tl.constexpr,
 ):  # fmt: skip
-    """A tile of W + s B A in float32; zeros beyond the edges."""
+    """A tile of W + s B A in float32; zeros beyond the edges. `first_a` is the first tile of A."""
     inside = (row_ids < rows)[:, None] & (column_ids < columns)[None, :]
     offsets = row_ids.to(tl.int64)[:, None] * columns + column_ids[None, :]
     w = tl.load(w_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -43,18 +92,17 @@ def _merged(
         low_rank = tl.zeros(w.shape, tl.float32)
         for start in tl.static_range(0, RANK, RANK_BLOCK):
             r = start + tl.arange(0, RANK_BLOCK)
-            b = tl.load(
-                b_ptr + row_ids[:, None] * RANK + r[None, :],
-                mask=(row_ids < rows)[:, None] & (r < RANK)[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            a = tl.load(
-                a_ptr + r.to(tl.int64)[:, None] * columns + column_ids[None, :],
-                mask=(r < RANK)[:, None] & (column_ids < columns)[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            low_rank = tl.dot(b, a, low_rank, input_precision="tf32x3")
-        w = w + scaling * low_rank
+            b_inside = (row_ids < rows)[:, None] & (r < RANK)[None, :]
+            b = tl.load(b_ptr + row_ids[:, None] * RANK + r[None, :], mask=b_inside, other=0.0).to(tl.float32)
+            a = first_a
+            if start > 0:
+                a = _tile_of_a(a_ptr, columns, column_ids, start, RANK, RANK_BLOCK)
+            b = b * scaling
+            upper_a, upper_b = upper(a), upper(b)
+            low_rank = tl.dot(b - upper_b, upper_a, low_rank, input_precision="tf32")
+            low_rank = tl.dot(upper_b, a - upper_a, low_rank, input_precision="tf32")
+            low_rank = tl.dot(upper_b, upper_a, low_rank, input_precision="tf32")
+        w = w + low_rank
     return w
 
 
@@ -97,91 +145,174 @@ def _tinygemm_group(
     zero = to_bf16(low + eight, EXACT)
     smallest = to_dtype(zero - eight, WEIGHT_BF16, EXACT)
     above = to_dtype(grouped - smallest[:, :, None], WEIGHT_BF16, EXACT)
-    steps = to_dtype(tl.div_rn(above, tl.broadcast_to(scale[:, :, None], above.shape)), WEIGHT_BF16, EXACT)
+    steps = to_dtype(quotient(above, scale[:, :, None], EXACT), WEIGHT_BF16, EXACT)
     return clamped(nearest(steps), 0.0, 15.0), scale, zero
 
 
 @triton.jit
 def _grouped_kernel(
-    w_ptr, a_ptr, b_ptr, factor_ptr, out_ptr, scale_ptr, zero_ptr, scaling, rows, columns,
-    GROUP: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    TINYGEMM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, ADAPTER: tl.constexpr, FACTOR: tl.constexpr,
-    INTEGERS: tl.constexpr, WEIGHT_BF16: tl.constexpr, SCALE_BF16: tl.constexpr, OUT_BF16: tl.constexpr,
-    EXACT: tl.constexpr, RECIPROCAL: tl.constexpr,
+    w_0, w_1, w_2, a_0, a_1, a_2, b_0, b_1, b_2, factor_0, factor_1, factor_2, out_ptr, scale_ptr, zero_ptr,
+    scaling, rows_0, rows_1, rows_2, columns,
+    COUNT: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, STEPS: tl.constexpr, TINYGEMM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    ADAPTER: tl.constexpr, FACTOR: tl.constexpr, INTEGERS: tl.constexpr, WEIGHT_BF16: tl.constexpr,
+    SCALE_BF16: tl.constexpr, OUT_BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
+    """A strip of `STEPS` tiles one below the other, so that a tile of A is read once for all of them."""
     GROUPS: tl.constexpr = BN // GROUP
-    row_ids = tl.program_id(0) * BM + tl.arange(0, BM)
-    column_ids = tl.program_id(1) * BN + tl.arange(0, BN)
-    merged = _merged(w_ptr, a_ptr, b_ptr, scaling, rows, row_ids, columns, column_ids, RANK, RANK_BLOCK, ADAPTER)
-    grouped = tl.reshape(merged, (BM, GROUPS, GROUP))
-    group_ids = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    index = _layer_of(tl.program_id(1), rows_0, rows_1, BM * STEPS, COUNT)
+    rows, before, strips = _pick_rows(index, rows_0, rows_1, rows_2, BM * STEPS)
+    w_ptr = _pick(index, w_0, w_1, w_2, COUNT)
+    column_ids = tl.program_id(0) * BN + tl.arange(0, BN)
+    group_ids = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     all_groups = columns // GROUP
-    group_offsets = row_ids.to(tl.int64)[:, None] * all_groups + group_ids[None, :]
-    group_inside = (row_ids < rows)[:, None] & (group_ids < all_groups)[None, :]
-    factor = merged
+    a_ptr, b_ptr, first_a, factor_ptr = w_ptr, w_ptr, column_ids, w_ptr
+    if ADAPTER:
+        a_ptr, b_ptr = _pick(index, a_0, a_1, a_2, COUNT), _pick(index, b_0, b_1, b_2, COUNT)
+        first_a = _tile_of_a(a_ptr, columns, column_ids, 0, RANK, RANK_BLOCK)
     if FACTOR:
-        factor = tl.load(factor_ptr + group_offsets, mask=group_inside, other=1.0).to(tl.float32)
-    if TINYGEMM:
-        values, scale, zero = _tinygemm_group(grouped, factor, FACTOR, WEIGHT_BF16, EXACT, RECIPROCAL)
-        restored = to_bf16((values - 8.0) * scale[:, :, None] + zero[:, :, None], EXACT)
-    else:
-        values, scale = _symmetric_group(grouped, factor, FACTOR, LOW, HIGH, SCALE_BF16, WEIGHT_BF16, EXACT, RECIPROCAL)
-        restored = to_dtype(to_dtype(values * scale[:, :, None], SCALE_BF16, EXACT), OUT_BF16, EXACT)
-    inside = (row_ids < rows)[:, None] & (column_ids < columns)[None, :]
-    offsets = row_ids.to(tl.int64)[:, None] * columns + column_ids[None, :]
-    if INTEGERS:
-        written = tl.reshape(values, (BM, BN))
-        tl.store(out_ptr + offsets, written.to(out_ptr.dtype.element_ty), mask=inside)
-        tl.store(scale_ptr + group_offsets, scale.to(scale_ptr.dtype.element_ty), mask=group_inside)
+        factor_ptr = _pick(index, factor_0, factor_1, factor_2, COUNT)
+    for step in tl.range(0, STEPS):
+        row_ids = ((tl.program_id(1) - strips) * STEPS + step) * BM + tl.arange(0, BM)
+        merged = _merged(
+            w_ptr, a_ptr, b_ptr, scaling, rows, row_ids, columns, column_ids, first_a, RANK, RANK_BLOCK, ADAPTER
+        )
+        grouped = tl.reshape(merged, (BM, GROUPS, GROUP))
+        group_inside = (row_ids < rows)[:, None] & (group_ids < all_groups)[None, :]
+        factor = merged
+        if FACTOR:
+            factor_offsets = row_ids.to(tl.int64)[:, None] * all_groups + group_ids[None, :]
+            factor = tl.load(factor_ptr + factor_offsets, mask=group_inside, other=1.0).to(tl.float32)
         if TINYGEMM:
-            tl.store(zero_ptr + group_offsets, zero.to(zero_ptr.dtype.element_ty), mask=group_inside)
-    else:
-        written = tl.reshape(restored, (BM, BN))
-        tl.store(out_ptr + offsets, written.to(out_ptr.dtype.element_ty), mask=inside)
+            values, scale, zero = _tinygemm_group(grouped, factor, FACTOR, WEIGHT_BF16, EXACT, RECIPROCAL)
+            restored = to_bf16((values - 8.0) * scale[:, :, None] + zero[:, :, None], EXACT)
+        else:
+            values, scale = _symmetric_group(
+                grouped, factor, FACTOR, LOW, HIGH, SCALE_BF16, WEIGHT_BF16, EXACT, RECIPROCAL
+            )
+            restored = to_dtype(to_dtype(values * scale[:, :, None], SCALE_BF16, EXACT), OUT_BF16, EXACT)
+        inside = (row_ids < rows)[:, None] & (column_ids < columns)[None, :]
+        out_rows = (row_ids + before).to(tl.int64)[:, None]
+        if INTEGERS:
+            written = tl.reshape(values, (BM, BN))
+            tl.store(
+                out_ptr + out_rows * columns + column_ids[None, :], written.to(out_ptr.dtype.element_ty), mask=inside
+            )
+            group_offsets = out_rows * all_groups + group_ids[None, :]
+            tl.store(scale_ptr + group_offsets, scale.to(scale_ptr.dtype.element_ty), mask=group_inside)
+            if TINYGEMM:
+                tl.store(zero_ptr + group_offsets, zero.to(zero_ptr.dtype.element_ty), mask=group_inside)
+        else:
+            written = tl.reshape(restored, (BM, BN))
+            tl.store(
+                out_ptr + out_rows * columns + column_ids[None, :], written.to(out_ptr.dtype.element_ty), mask=inside
+            )
 
 
 @triton.jit
 def _rows_kernel(
-    w_ptr, a_ptr, b_ptr, factor_ptr, out_ptr, scale_ptr, scaling, rows,
-    COLUMNS: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    FLOAT8: tl.constexpr, ADAPTER: tl.constexpr, FACTOR: tl.constexpr, WEIGHT_BF16: tl.constexpr,
-    EXACT: tl.constexpr, RECIPROCAL: tl.constexpr,
+    w_0, w_1, w_2, a_0, a_1, a_2, b_0, b_1, b_2, factor_0, factor_1, factor_2, extreme_ptr, arrived_ptr, out_ptr,
+    scale_ptr, scaling, rows_0, rows_1, rows_2, columns,
+    COUNT: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PHASE: tl.constexpr, FLOAT8: tl.constexpr, ADAPTER: tl.constexpr, FACTOR: tl.constexpr,
+    WEIGHT_BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
-    """One scale a row: the row's extreme first, then its values; W comes from the cache the second time."""
-    row_ids = tl.program_id(0) * BM + tl.arange(0, BM)
-    most = tl.zeros([BM, BN], tl.int32)
-    for start in range(0, COLUMNS, BN):
-        column_ids = start + tl.arange(0, BN)
-        merged = _merged(w_ptr, a_ptr, b_ptr, scaling, rows, row_ids, COLUMNS, column_ids, RANK, RANK_BLOCK, ADAPTER)
-        most = tl.maximum(most, magnitude_bits(merged))
-    largest = tl.max(most, 1).to(tl.float32, bitcast=True)
-    factor = largest
-    if FACTOR:
-        factor = tl.load(factor_ptr + row_ids, mask=row_ids < rows, other=1.0).to(tl.float32)
-    if FLOAT8:  # `quantise_fp8`
-        scale = to_dtype(divided(largest, 448.0, RECIPROCAL), WEIGHT_BF16, EXACT)
+    """One scale a row. The tiles of a row tell each other their extremes, and wait for those of the others.
+
+    They can wait because the programs of a GPU start in the order of their numbers, where the tiles of a row follow
+    each other: all that the oldest unfinished row needs has started. The interpreter, which runs one program after the
+    other, does it in two launches: `PHASE` 1 finds the extremes, 2 writes the values; 0 does both.
+    """
+    index = _layer_of(tl.program_id(1), rows_0, rows_1, BM, COUNT)
+    rows, before, strips = _pick_rows(index, rows_0, rows_1, rows_2, BM)
+    w_ptr = _pick(index, w_0, w_1, w_2, COUNT)
+    column_ids = tl.program_id(0) * BN + tl.arange(0, BN)
+    row_ids = (tl.program_id(1) - strips) * BM + tl.arange(0, BM)
+    row_inside = row_ids < rows
+    a_ptr, b_ptr, first_a = w_ptr, w_ptr, column_ids
+    if ADAPTER:
+        a_ptr, b_ptr = _pick(index, a_0, a_1, a_2, COUNT), _pick(index, b_0, b_1, b_2, COUNT)
+        first_a = _tile_of_a(a_ptr, columns, column_ids, 0, RANK, RANK_BLOCK)
+    merged = _merged(
+        w_ptr, a_ptr, b_ptr, scaling, rows, row_ids, columns, column_ids, first_a, RANK, RANK_BLOCK, ADAPTER
+    )
+    out_rows = row_ids + before
+    if PHASE < 2:
+        tl.atomic_max(extreme_ptr + out_rows, tl.max(magnitude_bits(merged), 1), mask=row_inside)
+    if PHASE == 0:
+        tl.debug_barrier()
+        tl.atomic_add(arrived_ptr + tl.program_id(1), 1)
+        while tl.atomic_add(arrived_ptr + tl.program_id(1), 0) < tl.num_programs(0):
+            pass
+        tl.debug_barrier()
+    if PHASE != 1:
+        largest = tl.load(extreme_ptr + out_rows, mask=row_inside, other=0, volatile=True).to(tl.float32, bitcast=True)
+        factor = largest
         if FACTOR:
-            scale = scale * factor
-        divisor = tl.where(scale == 0.0, 1.0, scale)
-    else:  # `quantise_int8_rows`
-        scale = to_dtype(divided(largest, 127.5, RECIPROCAL), WEIGHT_BF16, EXACT)
-        if FACTOR:
-            scale = to_dtype(scale * to_dtype(factor, WEIGHT_BF16, EXACT), WEIGHT_BF16, EXACT)
-        # torch rounds the bound to the dtype of what it clamps; float32's epsilon is a power of two.
-        scale = at_least(scale, 1.1920928955078125e-07)
-        divisor = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    tl.store(scale_ptr + row_ids, scale, mask=row_ids < rows)
-    for start in range(0, COLUMNS, BN):
-        column_ids = start + tl.arange(0, BN)
-        merged = _merged(w_ptr, a_ptr, b_ptr, scaling, rows, row_ids, COLUMNS, column_ids, RANK, RANK_BLOCK, ADAPTER)
-        if FLOAT8:
-            steps = tl.div_rn(merged, tl.broadcast_to(divisor[:, None], merged.shape))
+            factor_ptr = _pick(index, factor_0, factor_1, factor_2, COUNT)
+            factor = tl.load(factor_ptr + row_ids, mask=row_inside, other=1.0).to(tl.float32)
+        if FLOAT8:  # `quantise_fp8`
+            scale = to_dtype(divided(largest, 448.0, RECIPROCAL), WEIGHT_BF16, EXACT)
+            if FACTOR:
+                scale = scale * factor
+            divisor = tl.where(scale == 0.0, 1.0, scale)
+            steps = quotient(merged, divisor[:, None], EXACT)
             values = to_float8(clamped(steps, -448.0, 448.0), EXACT)
-        else:
-            values = clamped(nearest(merged * divisor[:, None]), -128.0, 127.0)
-        inside = (row_ids < rows)[:, None] & (column_ids < COLUMNS)[None, :]
-        offsets = row_ids.to(tl.int64)[:, None] * COLUMNS + column_ids[None, :]
+        else:  # `quantise_int8_rows`
+            scale = to_dtype(divided(largest, 127.5, RECIPROCAL), WEIGHT_BF16, EXACT)
+            if FACTOR:
+                scale = to_dtype(scale * to_dtype(factor, WEIGHT_BF16, EXACT), WEIGHT_BF16, EXACT)
+            scale = at_least(scale, 1.1920928955078125e-07)
+            inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+            values = clamped(nearest(merged * inverse[:, None]), -128.0, 127.0)
+        tl.store(scale_ptr + out_rows, scale, mask=row_inside & (tl.program_id(0) == 0))
+        inside = row_inside[:, None] & (column_ids < columns)[None, :]
+        offsets = out_rows.to(tl.int64)[:, None] * columns + column_ids[None, :]
         tl.store(out_ptr + offsets, values.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+_grouped = Launcher(_grouped_kernel)
+_rows = Launcher(_rows_kernel)
+MOST = 3
+"""Layers that one launch takes."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a kernel cuts a weight: tiles of `rows` x `columns`, `steps` of them one below the other."""
+
+    rows: int
+    columns: int
+    steps: int
+    warps: int
+
+
+SYMMETRIC = Blocks(rows=64, columns=64, steps=2, warps=4)
+TINYGEMM = Blocks(rows=16, columns=128, steps=2, warps=4)
+ROWS = Blocks(rows=32, columns=128, steps=1, warps=4)
+
+
+def alike(layers: Sequence[Any]) -> bool:
+    """Whether one launch takes these layers: their weights and adapters differ in out_features alone."""
+
+    def kind(layer: Any) -> Any:
+        parts = (layer.weight, layer.lora_a, layer.lora_b, layer.factor)
+        return (
+            layer.scaling, layer.weight.shape[1], None if layer.lora_a is None else layer.lora_a.shape[0],
+            [None if part is None else part.dtype for part in parts],
+        )  # fmt: skip
+
+    return len(layers) <= MOST and all(kind(layer) == kind(layers[0]) for layer in layers[1:])
+
+
+def _pointers(layers: Sequence[Any]) -> tuple[list[Tensor | None], list[int]]:
+    """(the tensors of the layers by kind, three of each, and their rows), contiguous."""
+    tensors: list[Tensor | None] = []
+    for parts in zip(*((layer[0], layer[1], layer[2], layer[4]) for layer in layers), strict=True):
+        found = [part if part is None or part.is_contiguous() else part.contiguous() for part in parts]
+        tensors += found + [found[0]] * (MOST - len(found))
+    rows = [layer.weight.shape[0] for layer in layers]
+    return tensors, rows + [0] * (MOST - len(rows))
 
 
 def _rank(lora_a: Tensor | None) -> tuple[int, int]:
@@ -190,84 +321,67 @@ def _rank(lora_a: Tensor | None) -> tuple[int, int]:
     return rank, min(max(16, triton.next_power_of_2(rank)), 64)
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.detach().contiguous() for tensor in tensors]
-
-
 def grouped_weight(
-    weight: Tensor,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    scaling: float,
-    factor: Tensor | None,
+    layers: Sequence[Any],
     group_size: int,
     scale_dtype: torch.dtype,
     *,
     bits: int | None,
     out: torch.dtype | None,
+    blocks: Blocks | None = None,
 ) -> Tensor | Quantised:
-    """W + s B A on a grid with a scale per group.
+    """W + s B A of layers that are `alike`, one below the other, on a grid with a scale per group.
 
     Args:
-        weight: (O, I) bf16 or float32. lora_a, lora_b: float32 or bf16, or None for W alone.
+        layers: their weights (O, I) are bf16 or float32; the adapters too, or None for W alone.
         bits: width of symmetric integers; None = tinygemm's int4.
-        out: dtype of the restored weight (O, I) to return; None returns the integers and scales.
+        out: dtype of the restored weights (sum of O, I) to return; None returns the integers and scales.
     """
-    weight, lora_a, lora_b, factor = _contiguous(weight, lora_a, lora_b, factor)  # type: ignore[assignment]
-    rows, columns = weight.shape
-    tinygemm = bits is None
-    low, high = (0, 15) if bits is None else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    integers = out is None
-    result = torch.empty_like(weight, dtype=torch.int8 if out is None else out)
+    tensors, rows = _pointers(layers)
+    weight, lora_a = layers[0].weight, layers[0].lora_a
+    columns, total, tinygemm, integers = weight.shape[1], sum(rows), bits is None, out is None
+    result = torch.empty(total, columns, dtype=torch.int8 if out is None else out, device=weight.device)
     scale_type = torch.bfloat16 if tinygemm else scale_dtype
-    shape = (rows, columns // group_size) if integers else (0,)
-    scale = torch.empty(shape, dtype=scale_type, device=weight.device)
-    zero = torch.empty_like(scale)
-    rank, rank_block = _rank(lora_a)
-    block_columns = max(128, group_size)
-    block_rows = 32 if block_columns == 128 else 16
-    grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns))
-    with launching(weight):
-        _grouped_kernel[grid](
-            weight, lora_a, lora_b, factor, result, scale, zero, scaling, rows, columns,
-            GROUP=group_size, RANK=rank, RANK_BLOCK=rank_block, BM=block_rows, BN=block_columns,
-            TINYGEMM=tinygemm, LOW=float(low), HIGH=float(high), ADAPTER=lora_a is not None,
-            FACTOR=factor is not None, INTEGERS=integers,
-            WEIGHT_BF16=lora_a is None and weight.dtype == torch.bfloat16,
-            SCALE_BF16=scale_type == torch.bfloat16, OUT_BF16=out == torch.bfloat16,
-            num_warps=4, **SETTINGS,
-        )  # fmt: skip
-    if not integers:
-        return result
-    return Quantised(result, scale, zero if tinygemm else None)
+    scale = zero = None
+    if integers:
+        scale = torch.empty(total, columns // group_size, dtype=scale_type, device=weight.device)
+        zero = torch.empty_like(scale) if tinygemm else None
+    blocks = blocks or (TINYGEMM if tinygemm else SYMMETRIC)
+    if group_size > blocks.columns:
+        blocks = Blocks(max(16, blocks.rows * blocks.columns // group_size), group_size, blocks.steps, blocks.warps)
+    strip = blocks.rows * blocks.steps
+    _grouped(
+        (-(-columns // blocks.columns), sum(-(-count // strip) for count in rows), 1),
+        (*tensors, result, scale, zero, layers[0].scaling, *rows, columns),
+        len(layers), group_size, *_rank(lora_a), blocks.rows, blocks.columns, blocks.steps, tinygemm,
+        0.0 if bits is None else -(2.0 ** (bits - 1)), 15.0 if bits is None else 2.0 ** (bits - 1) - 1,
+        lora_a is not None, layers[0].factor is not None, integers,
+        lora_a is None and weight.dtype == torch.bfloat16, scale_type == torch.bfloat16, out == torch.bfloat16,
+        num_warps=blocks.warps,
+    )  # fmt: skip
+    return result if scale is None else Quantised(result, scale, zero)
 
 
-def row_weight(
-    weight: Tensor,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    scaling: float,
-    factor: Tensor | None,
-    *,
-    values: torch.dtype,
-) -> Quantised:
-    """W + s B A on a grid with a float32 scale per row.
+def row_weight(layers: Sequence[Any], *, values: torch.dtype, blocks: Blocks = ROWS) -> Quantised:
+    """W + s B A of layers that are `alike`, one below the other, on a grid with a float32 scale per row.
 
     Args:
+        layers: as for `grouped_weight`.
         values: float8_e4m3fn for `quantise_fp8`; the dtype that holds the integers of `quantise_int8_rows`.
     """
-    weight, lora_a, lora_b, factor = _contiguous(weight, lora_a, lora_b, factor)  # type: ignore[assignment]
-    rows, columns = weight.shape
-    result = torch.empty_like(weight, dtype=values)
-    scale = torch.empty(rows, 1, dtype=torch.float32, device=weight.device)
-    rank, rank_block = _rank(lora_a)
-    block_rows, block_columns = 16, min(512, max(16, triton.next_power_of_2(columns)))
-    with launching(weight):
-        _rows_kernel[(triton.cdiv(rows, block_rows),)](
-            weight, lora_a, lora_b, factor, result, scale, scaling, rows,
-            COLUMNS=columns, RANK=rank, RANK_BLOCK=rank_block, BM=block_rows, BN=block_columns,
-            FLOAT8=values == torch.float8_e4m3fn, ADAPTER=lora_a is not None, FACTOR=factor is not None,
-            WEIGHT_BF16=lora_a is None and weight.dtype == torch.bfloat16,
-            num_warps=8, **SETTINGS,
+    tensors, rows = _pointers(layers)
+    weight, lora_a = layers[0].weight, layers[0].lora_a
+    columns, total = weight.shape[1], sum(rows)
+    result = torch.empty(total, columns, dtype=values, device=weight.device)
+    scale = torch.empty(total, 1, dtype=torch.float32, device=weight.device)
+    strips = sum(-(-count // blocks.rows) for count in rows)
+    counts = torch.zeros(total + strips, dtype=torch.int32, device=weight.device)
+    for phase in (1, 2) if INTERPRETED else (0,):
+        _rows(
+            (-(-columns // blocks.columns), strips, 1),
+            (*tensors, counts, counts[total:], result, scale, layers[0].scaling, *rows, columns),
+            len(layers), *_rank(lora_a), blocks.rows, blocks.columns, phase, values == torch.float8_e4m3fn,
+            lora_a is not None, layers[0].factor is not None, lora_a is None and weight.dtype == torch.bfloat16,
+            num_warps=blocks.warps,
         )  # fmt: skip
     return Quantised(result, scale)

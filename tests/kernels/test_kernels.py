@@ -50,7 +50,7 @@ def _paths(numbers: Numbers) -> tuple[FusedPath, PlainPath]:
 def _layer(
     weight: Tensor, group: int | None, dtype: torch.dtype, *, rank: int = 0, factor: Tensor | None = None
 ) -> Layer:
-    """With a rank: an adapter whose products with it are exact in float32, so that the order of the sum is no matter."""
+    """With a rank: an adapter whose products are exact in float32, so that the order of the sum is no matter."""
     rows, columns = weight.shape
     generator = torch.Generator().manual_seed(rank)
 
@@ -90,7 +90,7 @@ def test_a_weight_by_itself(name: str, group: int | None, dtype: torch.dtype, sh
             layer = _layer(_hard(seed, shape, dtype), group, scales)
             _assert_same(fused.quantise(layer), plain.quantise(layer))
             for compute in DTYPES:
-                ours, theirs = fused.weight(layer, compute), plain.weight(layer, compute)
+                ours, theirs = fused.weights([layer], compute)[0], plain.weights([layer], compute)[0]
                 _assert_same(ours, theirs)
                 _assert_same(
                     fused.restored_weight(ours, scales, compute), plain.restored_weight(theirs, scales, compute)
@@ -107,7 +107,24 @@ def test_an_adapter_is_inside(name: str, group: int | None, rank: int, dtype: to
     merged = merged_weight(layer.weight, layer.lora_a, layer.lora_b, layer.scaling)
     assert merged.dtype == torch.float32 and not torch.equal(merged, layer.weight.float())
     _assert_same(fused.quantise(layer), plain.quantise(layer))
-    _assert_same(fused.weight(layer, torch.bfloat16), plain.weight(layer, torch.bfloat16))
+    _assert_same(fused.weights([layer], torch.bfloat16)[0], plain.weights([layer], torch.bfloat16)[0])
+
+
+@pytest.mark.parametrize(("name", "group"), FORMATS)
+@pytest.mark.parametrize("rows", [(64, 32, 32), (40, 16), (7, 130, 33)], ids=str)
+def test_layers_that_share_their_input_in_one_launch(name: str, group: int | None, rows: tuple[int, ...]) -> None:
+    fused, plain = _paths((GROUPED | ROWS)[name])
+    generator = torch.Generator().manual_seed(7)
+    weights = [(torch.randint(-127, 128, (count, 256), generator=generator) / 64).bfloat16() for count in rows]
+    layers = [_layer(weight, group, torch.bfloat16, rank=8) for weight in weights]
+    (ours,), theirs = fused.weights(layers, torch.bfloat16), plain.weights(layers, torch.bfloat16)
+    if isinstance(ours, Tensor):
+        _assert_same(ours, torch.cat([part for part in theirs if isinstance(part, Tensor)]))
+    else:
+        parts = [part for part in theirs if isinstance(part, Quantised)]
+        _assert_same(ours, Quantised(torch.cat([p.values for p in parts]), torch.cat([p.scale for p in parts])))
+    other = layers[-1]._replace(scaling=0.25)
+    assert len(fused.weights([*layers[:-1], other], torch.bfloat16)) == len(rows)  # one by one, as they are not alike
 
 
 @pytest.mark.parametrize(("name", "group"), FORMATS)
@@ -119,7 +136,7 @@ def test_a_factor_of_the_ranges(name: str, group: int | None) -> None:
         for rank in (0, 4):
             layer = _layer(weight if rank == 0 else weight.round(), group, dtype, rank=rank, factor=factor)
             _assert_same(fused.quantise(layer), plain.quantise(layer))
-            _assert_same(fused.weight(layer, torch.bfloat16), plain.weight(layer, torch.bfloat16))
+            _assert_same(fused.weights([layer], torch.bfloat16)[0], plain.weights([layer], torch.bfloat16)[0])
 
 
 @pytest.mark.parametrize(("name", "group"), FORMATS)
@@ -136,7 +153,7 @@ def test_the_sum_is_float32_s(name: str, group: int | None) -> None:
     ours, theirs = fused.quantise(layer), plain.quantise(layer)
     differ = (ours.values.float() != theirs.values.float()).float().mean().item()
     assert differ < 2e-4
-    if isinstance(restored := fused.weight(layer, torch.bfloat16), Tensor):  # what trains is what ships
+    if isinstance(restored := fused.weights([layer], torch.bfloat16)[0], Tensor):  # what trains is what ships
         assert torch.equal(restored, plain.restored_weight(ours, torch.bfloat16, torch.bfloat16))
     else:
         _assert_same(restored, ours)
@@ -179,7 +196,9 @@ def test_swiglu_and_its_gradient(numbers: Numbers, dtype: torch.dtype) -> None:
     assert (apart <= 1.01 * step + tolerance * largest).all()
     found = []
     for path in (fused, plain):
-        grads = gate.clone(), up.clone()
+        both = torch.cat([gate, up], dim=1)  # halves of one tensor, as one product gives them
+        grads = both[:, :192], both[:, 192:]
+        _assert_same(path.swiglu(*grads), ours if path is fused else theirs)
         hidden = path.swiglu_backward_(*grads, grad.clone())
         _assert_same(hidden, ours if path is fused else theirs)
         found.append(grads)
