@@ -5,7 +5,8 @@
 
 Each arm is a process of its own that holds its model (random weights in the true shape, one seed) and waits for its
 turn; the arms take turns, a few steps each, so that whatever slows the machine slows all of them. Ratios are of medians
-within one run, against the first arm. The peak is what the arm's own process allocates in a step.
+within one run, against the first arm. The peak is what the arm's own process allocates in a step. `kernel_ms` is what
+the GPU computes in one step: where it is well below `ms`, the step waits for the CPU, and so would LoRA's.
 
 Arms: `lora` (Unsloth), `ours/SCHEME` (Unsloth with our fake quantisation), `plain/SCHEME` (the same without fused
 kernels), `unsloth-qat/SCHEME` (Unsloth's qat_scheme), and with plain PEFT `peft-lora`, `peft-ours/SCHEME` and
@@ -85,6 +86,8 @@ def _parent(options: argparse.Namespace, scratch: Path) -> int:
     for line in lines:
         if base is not None and "ms" in line:
             line |= {"x": round(line["ms"] / base["ms"], 3), "x_gib": round(line["gib"] / base["gib"], 3)}
+            if "kernel_ms" in line and "kernel_ms" in base:
+                line["x_kernel"] = round(line["kernel_ms"] / base["kernel_ms"], 3)
             first = base["losses"]
             line["loss_apart"] = round(max(abs(a - b) for a, b in zip(first, line["losses"], strict=True)), 5)
         print(json.dumps({key: value for key, value in line.items() if key not in ("losses", "all_ms")}), flush=True)
@@ -149,8 +152,7 @@ class _Arm:
             self.times += answer["ms"]
 
     def finish(self) -> dict[str, Any]:
-        if self.options.profile is not None:
-            self._ask("profile")
+        self.line |= self._ask("profile") or {}
         if self.times and "error" not in self.line:
             self.line |= {"ms": round(statistics.median(self.times), 2), "first": self.losses[0]}
             self.line |= {"last": self.losses[-1], "losses": self.losses, "all_ms": self.times}
@@ -171,8 +173,7 @@ def _child(options: argparse.Namespace) -> int:
     for line in sys.stdin:
         word, *rest = line.split()
         if word == "profile":
-            _profile(step, options)
-            print(json.dumps({"answer": {}}), flush=True)
+            print(json.dumps({"answer": _profile(step, options)}), flush=True)
             continue
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -328,18 +329,26 @@ def _torchao_fake_quantisers(model: Any, scheme: str) -> None:
     )
 
 
-def _profile(step: Any, options: argparse.Namespace) -> None:
+def _profile(step: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """What the GPU's kernels take in one step, without the waits for the CPU and without copies to and from it."""
     import torch
 
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    if not torch.cuda.is_available():
+        return {}
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         step()
-    options.profile.mkdir(parents=True, exist_ok=True)
-    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    table = profile.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=90)
-    (options.profile / f"{options.child.replace('/', '-')}.txt").write_text(str(table))
+    if options.profile is not None:
+        options.profile.mkdir(parents=True, exist_ok=True)
+        table = profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=90)
+        (options.profile / f"{options.child.replace('/', '-')}.txt").write_text(str(table))
+    kernels = [
+        event.time_range.elapsed_us()
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))
+        and not getattr(event, "is_user_annotation", False)
+    ]  # fmt: skip
+    return {"kernel_ms": round(sum(kernels) / 1000, 2)}
 
 
 if __name__ == "__main__":

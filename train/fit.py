@@ -112,7 +112,10 @@ def build_learner(
             ranges=config.fake_quant.ranges,
             learned_scales=config.fake_quant.learned_scales,
             enabled=config.fake_quant.starts_at == 0,
+            fused=config.fake_quant.fused,
+            cache_mib=config.fake_quant.cache_mib,
         )
+        prepared.cache.reuse = config.train.gradient_accumulation_steps > 1
         refuse_low_coverage(prepared.coverage, plan.scheme, config.fake_quant.min_coverage)
         if adapter is not None:
             load_factors(prepared, adapter)
@@ -228,6 +231,8 @@ def _callback(
                 refuse_late_start(schedule.start, state.max_steps)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if learner.prepared is not None:
+                learner.prepared.cache.moved()
             switched = schedule is not None and schedule.before_step(state.global_step, state.max_steps)
             if switched or not self.began:
                 contexts.close()

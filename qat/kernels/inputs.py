@@ -25,7 +25,7 @@ from qat.kernels.arithmetic import (
     to_dtype,
     to_float8,
 )
-from qat.kernels.launch import Launcher
+from qat.kernels.launch import Launcher, next_power_of_2
 from quantize.numerics import Quantised
 
 KINDS = {"none": 0, "int8": 1, "fp8": 2}
@@ -119,7 +119,7 @@ def _launch(
     x: Tensor, up: Tensor | None, grad: Tensor | None, kind: str, out: Tensor, scale: Tensor | None
 ) -> Tensor | Quantised:
     columns = x.shape[-1]
-    block = triton.next_power_of_2(columns)
+    block = next_power_of_2(columns)
     _tokens(
         (x.numel() // columns, 1, 1), (x, up, grad, out, scale),
         columns, x.stride(-2) if x.dim() > 1 else columns, block, KINDS[kind], up is not None, grad is not None,
@@ -160,7 +160,7 @@ def restored_rows(encoded: Quantised, dtype: torch.dtype) -> Tensor:
     values = encoded.values
     columns = values.shape[-1]
     out = torch.empty_like(values, dtype=dtype)
-    block = min(2048, triton.next_power_of_2(columns))
+    block = min(2048, next_power_of_2(columns))
     _restore(
         (values.numel() // columns, -(-columns // block), 1), (values, encoded.scale, out),
         columns, block, dtype == torch.bfloat16, num_warps=4,

@@ -47,6 +47,11 @@ class Launcher:
         )
 
 
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is not below `number`."""
+    return 1 << (number - 1).bit_length()
+
+
 def _kind(argument: Any) -> Any:
     """What Triton compiles for: a pointer's type and alignment, an integer's value as such; no float's."""
     if isinstance(argument, Tensor):

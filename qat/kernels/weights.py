@@ -10,7 +10,7 @@ Shapes: W (O, I), A (R, I), B (O, R), scales and factors (O, G); all contiguous.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return,name-defined,valid-type,misc"
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from qat.kernels.arithmetic import (
     to_float8,
     upper,
 )
-from qat.kernels.launch import INTERPRETED, Launcher
+from qat.kernels.launch import INTERPRETED, Launcher, next_power_of_2
 from quantize.numerics import Quantised
 
 
@@ -154,7 +154,7 @@ def _grouped_kernel(
     w_0, w_1, w_2, a_0, a_1, a_2, b_0, b_1, b_2, factor_0, factor_1, factor_2, out_ptr, scale_ptr, zero_ptr,
     scaling, rows_0, rows_1, rows_2, columns,
     COUNT: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, STEPS: tl.constexpr, TINYGEMM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    BN: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, TINYGEMM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     ADAPTER: tl.constexpr, FACTOR: tl.constexpr, INTEGERS: tl.constexpr, WEIGHT_BF16: tl.constexpr,
     SCALE_BF16: tl.constexpr, OUT_BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
@@ -172,7 +172,7 @@ def _grouped_kernel(
         first_a = _tile_of_a(a_ptr, columns, column_ids, 0, RANK, RANK_BLOCK)
     if FACTOR:
         factor_ptr = _pick(index, factor_0, factor_1, factor_2, COUNT)
-    for step in tl.range(0, STEPS):
+    for step in tl.range(0, STEPS, num_stages=STAGES):
         row_ids = ((tl.program_id(1) - strips) * STEPS + step) * BM + tl.arange(0, BM)
         merged = _merged(
             w_ptr, a_ptr, b_ptr, scaling, rows, row_ids, columns, column_ids, first_a, RANK, RANK_BLOCK, ADAPTER
@@ -279,17 +279,21 @@ MOST = 3
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a kernel cuts a weight: tiles of `rows` x `columns`, `steps` of them one below the other."""
+    """How a kernel cuts a weight: tiles of `rows` x `columns`, `steps` of them one below the other.
+
+    `stages` - 1 of them are loaded ahead. Found by measuring, on an H100 (docs/RESULTS.md).
+    """
 
     rows: int
     columns: int
     steps: int
     warps: int
+    stages: int = 1
 
 
 SYMMETRIC = Blocks(rows=64, columns=64, steps=2, warps=4)
 TINYGEMM = Blocks(rows=16, columns=128, steps=2, warps=4)
-ROWS = Blocks(rows=32, columns=128, steps=1, warps=4)
+ROWS = Blocks(rows=32, columns=256, steps=1, warps=4)
 
 
 def alike(layers: Sequence[Any]) -> bool:
@@ -318,7 +322,7 @@ def _pointers(layers: Sequence[Any]) -> tuple[list[Tensor | None], list[int]]:
 def _rank(lora_a: Tensor | None) -> tuple[int, int]:
     """(rank, its block: a power of two from 16, which tensor cores need, to 64)."""
     rank = 1 if lora_a is None else lora_a.shape[0]
-    return rank, min(max(16, triton.next_power_of_2(rank)), 64)
+    return rank, min(max(16, next_power_of_2(rank)), 64)
 
 
 def grouped_weight(
@@ -348,12 +352,13 @@ def grouped_weight(
         zero = torch.empty_like(scale) if tinygemm else None
     blocks = blocks or (TINYGEMM if tinygemm else SYMMETRIC)
     if group_size > blocks.columns:
-        blocks = Blocks(max(16, blocks.rows * blocks.columns // group_size), group_size, blocks.steps, blocks.warps)
+        rows_fit = max(16, blocks.rows * blocks.columns // group_size)
+        blocks = replace(blocks, rows=rows_fit, columns=group_size)
     strip = blocks.rows * blocks.steps
     _grouped(
         (-(-columns // blocks.columns), sum(-(-count // strip) for count in rows), 1),
         (*tensors, result, scale, zero, layers[0].scaling, *rows, columns),
-        len(layers), group_size, *_rank(lora_a), blocks.rows, blocks.columns, blocks.steps, tinygemm,
+        len(layers), group_size, *_rank(lora_a), blocks.rows, blocks.columns, blocks.steps, blocks.stages, tinygemm,
         0.0 if bits is None else -(2.0 ** (bits - 1)), 15.0 if bits is None else 2.0 ** (bits - 1) - 1,
         lora_a is not None, layers[0].factor is not None, integers,
         lora_a is None and weight.dtype == torch.bfloat16, scale_type == torch.bfloat16, out == torch.bfloat16,
