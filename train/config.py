@@ -113,7 +113,7 @@ class FakeQuantConfig(Section):
     scale_learning_rate: float = Field(default=1e-3, gt=0)
     """Learning rate of the ranges' factors, which start near 1."""
     fused: bool = True
-    """On a GPU, compute by fused kernels where a format has some; false = the plain definition: the same, but slower."""
+    """On a GPU, compute by fused kernels where a format has some; false = the plain definition, as exact and slower."""
     cache_mib: int = Field(default=1024, ge=0)
     """MiB for fake-quantised weights that are needed again: of frozen layers, of all from one batch to the next with
     gradient accumulation, and from forward to backward where all fit. 0 makes them anew each time."""

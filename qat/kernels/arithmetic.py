@@ -108,13 +108,42 @@ def magnitude_bits(x):
 
 
 @triton.jit
-def ordered_bits(x):
-    """x as an integer of the same order; NaN lies above or below all, by its sign."""
+def _ordered(x):
+    """x as an integer of the same order; NaN lies above or below all, by its sign. The inverse of `_from_ordered`."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def from_ordered(bits):
-    """What `ordered_bits` was made of."""
+def _from_ordered(bits):
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _smaller(x, y):
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _larger(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def least(x, axis: tl.constexpr, EXACT: tl.constexpr):
+    """The minimum along an axis; NaN where one is. (The interpreter takes minutes for a reduction of one's own.)"""
+    if EXACT:  # noqa: SIM108  known when it is compiled
+        result = _from_ordered(tl.min(_ordered(x), axis))
+    else:
+        result = tl.reduce(x, axis, _smaller)
+    return result
+
+
+@triton.jit
+def greatest(x, axis: tl.constexpr, EXACT: tl.constexpr):
+    """The maximum along an axis; NaN where one is."""
+    if EXACT:  # noqa: SIM108  known when it is compiled
+        result = _from_ordered(tl.max(_ordered(x), axis))
+    else:
+        result = tl.reduce(x, axis, _larger)
+    return result

@@ -17,10 +17,9 @@ from qat.kernels.arithmetic import (
     at_least,
     clamped,
     divided,
-    from_ordered,
-    magnitude_bits,
+    greatest,
+    least,
     nearest,
-    ordered_bits,
     quotient,
     to_dtype,
     to_float8,
@@ -35,8 +34,7 @@ KINDS = {"none": 0, "int8": 1, "fp8": 2}
 @triton.jit
 def _int8_token(x, BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr):
     """`int8_asymmetric_per_token` of one row whose padding is zero, which lies in every range."""
-    keys = ordered_bits(x)
-    low, high = from_ordered(tl.min(keys, 0)), from_ordered(tl.max(keys, 0))
+    low, high = least(x, 0, EXACT), greatest(x, 0, EXACT)
     low, high = tl.where(low > 0.0, 0.0, low), tl.where(high < 0.0, 0.0, high)
     width = tl.full([1], 0.0, tl.float32) + to_dtype(high - low, BF16, EXACT)
     scale = to_dtype(divided(width, 255.0, RECIPROCAL), BF16, EXACT)
@@ -52,7 +50,7 @@ def _int8_token(x, BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.const
 @triton.jit
 def _fp8_token(x, BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr):
     """(values, scale (1,)) of one row: `quantise_fp8`."""
-    largest = (tl.zeros([1], tl.int32) + tl.max(magnitude_bits(x), 0)).to(tl.float32, bitcast=True)
+    largest = tl.zeros([1], tl.float32) + greatest(tl.abs(x), 0, EXACT)
     scale = to_dtype(divided(largest, 448.0, RECIPROCAL), BF16, EXACT)
     divisor = tl.where(scale == 0.0, 1.0, scale)
     steps = quotient(x, divisor, EXACT)

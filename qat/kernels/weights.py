@@ -1,5 +1,7 @@
 """W + s B A -> the fake-quantised weight, in one read of W and one write; several layers in one launch.
 
+Where a scale spans a row, the row's extreme has to be known first: W is read twice, the second time from the cache.
+
 The sum is float32, the products on tensor cores as three products of halves, which keeps float32's accuracy; what is
 rounded then is rounded by the very steps of `quantize.integers` and `quantize.float8`. The kernel that writes the
 weights for training writes, with `INTEGERS`, the grid that ships: one sum, one rounding.
@@ -22,17 +24,17 @@ from qat.kernels.arithmetic import (
     at_least,
     clamped,
     divided,
-    from_ordered,
+    greatest,
+    least,
     magnitude_bits,
     nearest,
-    ordered_bits,
     quotient,
     to_bf16,
     to_dtype,
     to_float8,
     upper,
 )
-from qat.kernels.launch import INTERPRETED, Launcher, next_power_of_2
+from qat.kernels.launch import Launcher, next_power_of_2
 from quantize.numerics import Quantised
 
 
@@ -112,7 +114,7 @@ def _symmetric_group(
     WEIGHT_BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
     """(BM, groups, G) -> integers of that shape, scale (BM, groups): `quantise_symmetric`."""
-    largest = tl.max(magnitude_bits(grouped), 2).to(tl.float32, bitcast=True)
+    largest = greatest(tl.abs(grouped), 2, EXACT)
     scale = to_dtype(divided(largest, (HIGH - LOW) / 2, RECIPROCAL), WEIGHT_BF16, EXACT)
     if FACTOR:
         scale = to_dtype(scale * to_dtype(factor, WEIGHT_BF16, EXACT), WEIGHT_BF16, EXACT)
@@ -130,8 +132,7 @@ def _tinygemm_group(
     grouped, factor, FACTOR: tl.constexpr, WEIGHT_BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr
 ):
     """(BM, groups, G) -> integers of that shape, scale and zero (BM, groups): `quantise_tinygemm`."""
-    keys = ordered_bits(grouped)
-    low, high = from_ordered(tl.min(keys, 2)), from_ordered(tl.max(keys, 2))
+    low, high = least(grouped, 2, EXACT), greatest(grouped, 2, EXACT)
     if FACTOR:
         factor = to_dtype(factor, WEIGHT_BF16, EXACT)
         middle = to_dtype(to_dtype(high + low, WEIGHT_BF16, EXACT) * 0.5, WEIGHT_BF16, EXACT)
@@ -154,9 +155,9 @@ def _grouped_kernel(
     w_0, w_1, w_2, a_0, a_1, a_2, b_0, b_1, b_2, factor_0, factor_1, factor_2, out_ptr, scale_ptr, zero_ptr,
     scaling, rows_0, rows_1, rows_2, columns,
     COUNT: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, TINYGEMM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    ADAPTER: tl.constexpr, FACTOR: tl.constexpr, INTEGERS: tl.constexpr, WEIGHT_BF16: tl.constexpr,
-    SCALE_BF16: tl.constexpr, OUT_BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr,
+    BN: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, TINYGEMM: tl.constexpr, LOW: tl.constexpr,
+    HIGH: tl.constexpr, ADAPTER: tl.constexpr, FACTOR: tl.constexpr, INTEGERS: tl.constexpr,
+    WEIGHT_BF16: tl.constexpr, SCALE_BF16: tl.constexpr, OUT_BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
     """A strip of `STEPS` tiles one below the other, so that a tile of A is read once for all of them."""
     GROUPS: tl.constexpr = BN // GROUP
@@ -185,7 +186,8 @@ def _grouped_kernel(
             factor = tl.load(factor_ptr + factor_offsets, mask=group_inside, other=1.0).to(tl.float32)
         if TINYGEMM:
             values, scale, zero = _tinygemm_group(grouped, factor, FACTOR, WEIGHT_BF16, EXACT, RECIPROCAL)
-            restored = to_bf16((values - 8.0) * scale[:, :, None] + zero[:, :, None], EXACT)
+            product = (values - 8.0) * scale[:, :, None]  # exact, so that a fused sum would be the same
+            restored = to_bf16(product + zero[:, :, None], EXACT)
         else:
             values, scale = _symmetric_group(
                 grouped, factor, FACTOR, LOW, HIGH, SCALE_BF16, WEIGHT_BF16, EXACT, RECIPROCAL
@@ -193,82 +195,69 @@ def _grouped_kernel(
             restored = to_dtype(to_dtype(values * scale[:, :, None], SCALE_BF16, EXACT), OUT_BF16, EXACT)
         inside = (row_ids < rows)[:, None] & (column_ids < columns)[None, :]
         out_rows = (row_ids + before).to(tl.int64)[:, None]
+        offsets = out_rows * columns + column_ids[None, :]
         if INTEGERS:
             written = tl.reshape(values, (BM, BN))
-            tl.store(
-                out_ptr + out_rows * columns + column_ids[None, :], written.to(out_ptr.dtype.element_ty), mask=inside
-            )
+            tl.store(out_ptr + offsets, written.to(out_ptr.dtype.element_ty), mask=inside)
             group_offsets = out_rows * all_groups + group_ids[None, :]
             tl.store(scale_ptr + group_offsets, scale.to(scale_ptr.dtype.element_ty), mask=group_inside)
             if TINYGEMM:
                 tl.store(zero_ptr + group_offsets, zero.to(zero_ptr.dtype.element_ty), mask=group_inside)
         else:
             written = tl.reshape(restored, (BM, BN))
-            tl.store(
-                out_ptr + out_rows * columns + column_ids[None, :], written.to(out_ptr.dtype.element_ty), mask=inside
-            )
+            tl.store(out_ptr + offsets, written.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _rows_kernel(
-    w_0, w_1, w_2, a_0, a_1, a_2, b_0, b_1, b_2, factor_0, factor_1, factor_2, extreme_ptr, arrived_ptr, out_ptr,
-    scale_ptr, scaling, rows_0, rows_1, rows_2, columns,
+    w_0, w_1, w_2, a_0, a_1, a_2, b_0, b_1, b_2, factor_0, factor_1, factor_2, extreme_ptr, out_ptr, scale_ptr,
+    scaling, rows_0, rows_1, rows_2, columns, first_strip,
     COUNT: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PHASE: tl.constexpr, FLOAT8: tl.constexpr, ADAPTER: tl.constexpr, FACTOR: tl.constexpr,
-    WEIGHT_BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr,
+    STEPS: tl.constexpr, STAGES: tl.constexpr, EXTREMES: tl.constexpr, FLOAT8: tl.constexpr, ADAPTER: tl.constexpr,
+    FACTOR: tl.constexpr, WEIGHT_BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
-    """One scale a row. The tiles of a row tell each other their extremes, and wait for those of the others.
-
-    They can wait because the programs of a GPU start in the order of their numbers, where the tiles of a row follow
-    each other: all that the oldest unfinished row needs has started. The interpreter, which runs one program after the
-    other, does it in two launches: `PHASE` 1 finds the extremes, 2 writes the values; 0 does both.
-    """
-    index = _layer_of(tl.program_id(1), rows_0, rows_1, BM, COUNT)
-    rows, before, strips = _pick_rows(index, rows_0, rows_1, rows_2, BM)
+    """One scale a row: with `EXTREMES` finds the bits of the rows' largest magnitudes, else writes the values."""
+    strip = first_strip + tl.program_id(1)
+    index = _layer_of(strip, rows_0, rows_1, BM * STEPS, COUNT)
+    rows, before, strips = _pick_rows(index, rows_0, rows_1, rows_2, BM * STEPS)
     w_ptr = _pick(index, w_0, w_1, w_2, COUNT)
     column_ids = tl.program_id(0) * BN + tl.arange(0, BN)
-    row_ids = (tl.program_id(1) - strips) * BM + tl.arange(0, BM)
-    row_inside = row_ids < rows
     a_ptr, b_ptr, first_a = w_ptr, w_ptr, column_ids
     if ADAPTER:
         a_ptr, b_ptr = _pick(index, a_0, a_1, a_2, COUNT), _pick(index, b_0, b_1, b_2, COUNT)
         first_a = _tile_of_a(a_ptr, columns, column_ids, 0, RANK, RANK_BLOCK)
-    merged = _merged(
-        w_ptr, a_ptr, b_ptr, scaling, rows, row_ids, columns, column_ids, first_a, RANK, RANK_BLOCK, ADAPTER
-    )
-    out_rows = row_ids + before
-    if PHASE < 2:
-        tl.atomic_max(extreme_ptr + out_rows, tl.max(magnitude_bits(merged), 1), mask=row_inside)
-    if PHASE == 0:
-        tl.debug_barrier()
-        tl.atomic_add(arrived_ptr + tl.program_id(1), 1)
-        while tl.atomic_add(arrived_ptr + tl.program_id(1), 0) < tl.num_programs(0):
-            pass
-        tl.debug_barrier()
-    if PHASE != 1:
-        largest = tl.load(extreme_ptr + out_rows, mask=row_inside, other=0, volatile=True).to(tl.float32, bitcast=True)
-        factor = largest
-        if FACTOR:
-            factor_ptr = _pick(index, factor_0, factor_1, factor_2, COUNT)
-            factor = tl.load(factor_ptr + row_ids, mask=row_inside, other=1.0).to(tl.float32)
-        if FLOAT8:  # `quantise_fp8`
-            scale = to_dtype(divided(largest, 448.0, RECIPROCAL), WEIGHT_BF16, EXACT)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        row_ids = ((strip - strips) * STEPS + step) * BM + tl.arange(0, BM)
+        row_inside = row_ids < rows
+        merged = _merged(
+            w_ptr, a_ptr, b_ptr, scaling, rows, row_ids, columns, column_ids, first_a, RANK, RANK_BLOCK, ADAPTER
+        )
+        out_rows = row_ids + before
+        if EXTREMES:
+            tl.atomic_max(extreme_ptr + out_rows, tl.max(magnitude_bits(merged), 1), mask=row_inside, sem="relaxed")
+        else:
+            largest = tl.load(extreme_ptr + out_rows, mask=row_inside, other=0).to(tl.float32, bitcast=True)
+            factor = largest
             if FACTOR:
-                scale = scale * factor
-            divisor = tl.where(scale == 0.0, 1.0, scale)
-            steps = quotient(merged, divisor[:, None], EXACT)
-            values = to_float8(clamped(steps, -448.0, 448.0), EXACT)
-        else:  # `quantise_int8_rows`
-            scale = to_dtype(divided(largest, 127.5, RECIPROCAL), WEIGHT_BF16, EXACT)
-            if FACTOR:
-                scale = to_dtype(scale * to_dtype(factor, WEIGHT_BF16, EXACT), WEIGHT_BF16, EXACT)
-            scale = at_least(scale, 1.1920928955078125e-07)
-            inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-            values = clamped(nearest(merged * inverse[:, None]), -128.0, 127.0)
-        tl.store(scale_ptr + out_rows, scale, mask=row_inside & (tl.program_id(0) == 0))
-        inside = row_inside[:, None] & (column_ids < columns)[None, :]
-        offsets = out_rows.to(tl.int64)[:, None] * columns + column_ids[None, :]
-        tl.store(out_ptr + offsets, values.to(out_ptr.dtype.element_ty), mask=inside)
+                factor_ptr = _pick(index, factor_0, factor_1, factor_2, COUNT)
+                factor = tl.load(factor_ptr + row_ids, mask=row_inside, other=1.0).to(tl.float32)
+            if FLOAT8:  # `quantise_fp8`
+                scale = to_dtype(divided(largest, 448.0, RECIPROCAL), WEIGHT_BF16, EXACT)
+                if FACTOR:
+                    scale = scale * factor
+                divisor = tl.where(scale == 0.0, 1.0, scale)
+                values = to_float8(clamped(quotient(merged, divisor[:, None], EXACT), -448.0, 448.0), EXACT)
+            else:  # `quantise_int8_rows`
+                scale = to_dtype(divided(largest, 127.5, RECIPROCAL), WEIGHT_BF16, EXACT)
+                if FACTOR:
+                    scale = to_dtype(scale * to_dtype(factor, WEIGHT_BF16, EXACT), WEIGHT_BF16, EXACT)
+                scale = at_least(scale, 1.1920928955078125e-07)
+                inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+                values = clamped(nearest(merged * inverse[:, None]), -128.0, 127.0)
+            tl.store(scale_ptr + out_rows, scale, mask=row_inside & (tl.program_id(0) == 0))
+            inside = row_inside[:, None] & (column_ids < columns)[None, :]
+            offsets = out_rows.to(tl.int64)[:, None] * columns + column_ids[None, :]
+            tl.store(out_ptr + offsets, values.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 _grouped = Launcher(_grouped_kernel)
@@ -291,9 +280,20 @@ class Blocks:
     stages: int = 1
 
 
-SYMMETRIC = Blocks(rows=64, columns=64, steps=2, warps=4)
-TINYGEMM = Blocks(rows=16, columns=128, steps=2, warps=4)
-ROWS = Blocks(rows=32, columns=256, steps=1, warps=4)
+SYMMETRIC = Blocks(rows=64, columns=64, steps=8, warps=4, stages=3)
+TINYGEMM = Blocks(rows=32, columns=128, steps=2, warps=4, stages=2)
+ROWS = Blocks(rows=64, columns=64, steps=4, warps=4, stages=3)
+_CACHED = 16 * 2**20
+"""Bytes of weights that are read twice in a row: they have to be in the GPU's cache the second time."""
+
+
+def _fitted(blocks: Blocks, rows: Sequence[int], columns: int, group_size: int) -> Blocks:
+    """With columns that hold a group, and so few steps that a small weight still gives work to the whole GPU."""
+    if group_size > blocks.columns:
+        blocks = replace(blocks, rows=max(16, blocks.rows * blocks.columns // group_size), columns=group_size)
+    tiles = -(-sum(rows) // blocks.rows) * -(-columns // blocks.columns)
+    most = max(1, tiles // 256)
+    return replace(blocks, steps=min(blocks.steps, 1 << (most.bit_length() - 1)))
 
 
 def alike(layers: Sequence[Any]) -> bool:
@@ -350,10 +350,7 @@ def grouped_weight(
     if integers:
         scale = torch.empty(total, columns // group_size, dtype=scale_type, device=weight.device)
         zero = torch.empty_like(scale) if tinygemm else None
-    blocks = blocks or (TINYGEMM if tinygemm else SYMMETRIC)
-    if group_size > blocks.columns:
-        rows_fit = max(16, blocks.rows * blocks.columns // group_size)
-        blocks = replace(blocks, rows=rows_fit, columns=group_size)
+    blocks = _fitted(blocks or (TINYGEMM if tinygemm else SYMMETRIC), rows, columns, group_size)
     strip = blocks.rows * blocks.steps
     _grouped(
         (-(-columns // blocks.columns), sum(-(-count // strip) for count in rows), 1),
@@ -377,16 +374,21 @@ def row_weight(layers: Sequence[Any], *, values: torch.dtype, blocks: Blocks = R
     tensors, rows = _pointers(layers)
     weight, lora_a = layers[0].weight, layers[0].lora_a
     columns, total = weight.shape[1], sum(rows)
+    blocks = _fitted(blocks, rows, columns, 1)
+    strip = blocks.rows * blocks.steps
     result = torch.empty(total, columns, dtype=values, device=weight.device)
     scale = torch.empty(total, 1, dtype=torch.float32, device=weight.device)
-    strips = sum(-(-count // blocks.rows) for count in rows)
-    counts = torch.zeros(total + strips, dtype=torch.int32, device=weight.device)
-    for phase in (1, 2) if INTERPRETED else (0,):
-        _rows(
-            (-(-columns // blocks.columns), strips, 1),
-            (*tensors, counts, counts[total:], result, scale, layers[0].scaling, *rows, columns),
-            len(layers), *_rank(lora_a), blocks.rows, blocks.columns, phase, values == torch.float8_e4m3fn,
-            lora_a is not None, layers[0].factor is not None, lora_a is None and weight.dtype == torch.bfloat16,
-            num_warps=blocks.warps,
-        )  # fmt: skip
+    extremes = torch.zeros(total, dtype=torch.int32, device=weight.device)
+    strips = sum(-(-count // strip) for count in rows)
+    at_once = max(1, _CACHED // (strip * columns * weight.element_size()))
+    for first in range(0, strips, at_once):
+        for finds_extremes in (True, False):
+            _rows(
+                (-(-columns // blocks.columns), min(at_once, strips - first), 1),
+                (*tensors, extremes, result, scale, layers[0].scaling, *rows, columns, first),
+                len(layers), *_rank(lora_a), blocks.rows, blocks.columns, blocks.steps, blocks.stages, finds_extremes,
+                values == torch.float8_e4m3fn, lora_a is not None, layers[0].factor is not None,
+                lora_a is None and weight.dtype == torch.bfloat16,
+                num_warps=blocks.warps,
+            )  # fmt: skip
     return Quantised(result, scale)
