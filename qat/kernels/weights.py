@@ -157,7 +157,8 @@ def _grouped_kernel(
     COUNT: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, TINYGEMM: tl.constexpr, LOW: tl.constexpr,
     HIGH: tl.constexpr, ADAPTER: tl.constexpr, FACTOR: tl.constexpr, INTEGERS: tl.constexpr,
-    WEIGHT_BF16: tl.constexpr, SCALE_BF16: tl.constexpr, OUT_BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr,
+    WEIGHT_BF16: tl.constexpr, SCALE_BF16: tl.constexpr, OUT_BF16: tl.constexpr, EXACT: tl.constexpr,
+    RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
     """A strip of `STEPS` tiles one below the other, so that a tile of A is read once for all of them."""
     GROUPS: tl.constexpr = BN // GROUP
