@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def main() -> int:
     parser.add_argument("--warmup", type=int, default=4, help="steps before the clock")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="steps of each arm in a round")
-    parser.add_argument("--limit", type=float, default=240, help="seconds until every arm must be ready")
+    parser.add_argument("--seconds", type=float, default=3600, help="no round begins after so many from the start")
     parser.add_argument("--profile", type=Path, help="write each arm's time by kernel to this folder")
     parser.add_argument("--out", type=Path, help="append the results here, one JSON line an arm")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -73,12 +74,15 @@ def main() -> int:
 
 
 def _parent(options: argparse.Namespace, scratch: Path) -> int:
+    began = time.monotonic()
     folder = scratch / "model"
     subprocess.run([*_again(), "--child", "write", "--folder", str(folder)], check=True)
     arms = [_Arm(name, folder, options) for name in options.arms]
     for arm in arms:
         arm.ready()
-    for _ in range(options.rounds):
+    for done in range(options.rounds):
+        if done and time.monotonic() - began > options.seconds:
+            break
         for arm in arms:
             arm.take_turn()
     lines = [arm.finish() for arm in arms]
@@ -272,11 +276,9 @@ def _build(options: argparse.Namespace) -> Any:
 
 class _Clock:
     def __init__(self, cuda: bool) -> None:
-        import time
-
         import torch
 
-        self.cuda, self.torch, self.time = cuda, torch, time
+        self.cuda, self.torch = cuda, torch
         if cuda:
             self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             torch.cuda.synchronize()
@@ -285,7 +287,7 @@ class _Clock:
 
     def stop(self) -> float:
         if not self.cuda:
-            return 1000 * (self.time.perf_counter() - self.began)
+            return 1000 * (time.perf_counter() - self.began)
         self.events[1].record()
         self.torch.cuda.synchronize()
         return float(self.events[0].elapsed_time(self.events[1]))
