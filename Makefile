@@ -16,10 +16,13 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
+# In a place of its own: an installed triton changes what trl and torchao import.
+TRITON  := $(VENV)/triton
+
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test test-long test-all lock-check lock clean
+.PHONY: help setup demo check format test test-long test-kernels test-all lock-check lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -44,6 +47,9 @@ test: setup ## the tests, without the long ones and those that need a GPU; ARGS=
 
 test-long: setup ## only the tests that `make test` leaves out: documented commands, all shipped configs, ...
 	$(OFFLINE) $(BIN)/pytest -m "slow and not gpu" $(ARGS)
+
+test-kernels: setup $(TRITON)/.ready ## the GPU kernels, bit for bit, in Triton's interpreter: needs no GPU
+	$(OFFLINE) PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels $(ARGS)
 
 test-all: setup ## all tests but those that need a GPU
 	$(OFFLINE) $(BIN)/pytest -m "not gpu" $(ARGS)
@@ -71,6 +77,10 @@ $(LOCKED): $(LOCK)
 	  echo "Point pip at PyTorch's index of CPU builds (the CPU choice on PyTorch's install page names it) and repeat:" >&2; \
 	  echo "  $(BIN)/python -m pip uninstall -y torch && PIP_EXTRA_INDEX_URL=<that index> make setup" >&2; \
 	  exit 1; }
+	touch $@
+
+$(TRITON)/.ready: $(LOCKED)
+	$(BIN)/python -m pip install --no-deps --upgrade --target $(TRITON) "$$(grep '^triton==' requirements/cuda-py312.txt)"
 	touch $@
 
 $(READY): $(LOCKED) pyproject.toml

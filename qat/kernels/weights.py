@@ -1,6 +1,6 @@
 """W + s B A -> the fake-quantised weight, in one read of W and one write; several layers in one launch.
 
-Where a scale spans a row, the row's extreme has to be known first: W is read twice, the second time from the cache.
+Where a scale spans a row, the row's extreme has to be known first: W is read twice, from the cache where it fits.
 
 The sum is float32, the products on tensor cores as three products of halves, which keeps float32's accuracy; what is
 rounded then is rounded by the very steps of `quantize.integers` and `quantize.float8`. The kernel that writes the
@@ -212,14 +212,13 @@ def _grouped_kernel(
 @triton.jit
 def _rows_kernel(
     w_0, w_1, w_2, a_0, a_1, a_2, b_0, b_1, b_2, factor_0, factor_1, factor_2, extreme_ptr, out_ptr, scale_ptr,
-    scaling, rows_0, rows_1, rows_2, columns, first_strip,
+    scaling, rows_0, rows_1, rows_2, columns,
     COUNT: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     STEPS: tl.constexpr, STAGES: tl.constexpr, EXTREMES: tl.constexpr, FLOAT8: tl.constexpr, ADAPTER: tl.constexpr,
     FACTOR: tl.constexpr, WEIGHT_BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
     """One scale a row: with `EXTREMES` finds the bits of the rows' largest magnitudes, else writes the values."""
-    strip = first_strip + tl.program_id(1)
-    index = _layer_of(strip, rows_0, rows_1, BM * STEPS, COUNT)
+    index = _layer_of(tl.program_id(1), rows_0, rows_1, BM * STEPS, COUNT)
     rows, before, strips = _pick_rows(index, rows_0, rows_1, rows_2, BM * STEPS)
     w_ptr = _pick(index, w_0, w_1, w_2, COUNT)
     column_ids = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -228,7 +227,7 @@ def _rows_kernel(
         a_ptr, b_ptr = _pick(index, a_0, a_1, a_2, COUNT), _pick(index, b_0, b_1, b_2, COUNT)
         first_a = _tile_of_a(a_ptr, columns, column_ids, 0, RANK, RANK_BLOCK)
     for step in tl.range(0, STEPS, num_stages=STAGES):
-        row_ids = ((strip - strips) * STEPS + step) * BM + tl.arange(0, BM)
+        row_ids = ((tl.program_id(1) - strips) * STEPS + step) * BM + tl.arange(0, BM)
         row_inside = row_ids < rows
         merged = _merged(
             w_ptr, a_ptr, b_ptr, scaling, rows, row_ids, columns, column_ids, first_a, RANK, RANK_BLOCK, ADAPTER
@@ -283,9 +282,7 @@ class Blocks:
 
 SYMMETRIC = Blocks(rows=64, columns=64, steps=8, warps=4, stages=3)
 TINYGEMM = Blocks(rows=32, columns=128, steps=2, warps=4, stages=2)
-ROWS = Blocks(rows=64, columns=64, steps=4, warps=4, stages=3)
-_CACHED = 16 * 2**20
-"""Bytes of weights that are read twice in a row: they have to be in the GPU's cache the second time."""
+ROWS = Blocks(rows=32, columns=128, steps=4, warps=4, stages=3)
 
 
 def _fitted(blocks: Blocks, rows: Sequence[int], columns: int, group_size: int) -> Blocks:
@@ -380,16 +377,13 @@ def row_weight(layers: Sequence[Any], *, values: torch.dtype, blocks: Blocks = R
     result = torch.empty(total, columns, dtype=values, device=weight.device)
     scale = torch.empty(total, 1, dtype=torch.float32, device=weight.device)
     extremes = torch.zeros(total, dtype=torch.int32, device=weight.device)
-    strips = sum(-(-count // strip) for count in rows)
-    at_once = max(1, _CACHED // (strip * columns * weight.element_size()))
-    for first in range(0, strips, at_once):
-        for finds_extremes in (True, False):
-            _rows(
-                (-(-columns // blocks.columns), min(at_once, strips - first), 1),
-                (*tensors, extremes, result, scale, layers[0].scaling, *rows, columns, first),
-                len(layers), *_rank(lora_a), blocks.rows, blocks.columns, blocks.steps, blocks.stages, finds_extremes,
-                values == torch.float8_e4m3fn, lora_a is not None, layers[0].factor is not None,
-                lora_a is None and weight.dtype == torch.bfloat16,
-                num_warps=blocks.warps,
-            )  # fmt: skip
+    grid = (-(-columns // blocks.columns), sum(-(-count // strip) for count in rows), 1)
+    for finds_extremes in (True, False):
+        _rows(
+            grid, (*tensors, extremes, result, scale, layers[0].scaling, *rows, columns),
+            len(layers), *_rank(lora_a), blocks.rows, blocks.columns, blocks.steps, blocks.stages, finds_extremes,
+            values == torch.float8_e4m3fn, lora_a is not None, layers[0].factor is not None,
+            lora_a is None and weight.dtype == torch.bfloat16,
+            num_warps=blocks.warps,
+        )  # fmt: skip
     return Quantised(result, scale)
