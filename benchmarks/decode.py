@@ -1,0 +1,201 @@
+"""How fast the shipped formats generate: decode and prefill against bf16, by batch size, and what the weights take.
+
+    python benchmarks/decode.py --shape qwen3-8b --formats bf16 int4 fp8 int8 --batches 1 8 64 256 --out decode.jsonl
+    python benchmarks/decode.py --shape tiny --formats float32 int8-int4 --batches 1 2 --new 4 --prompt 32   # on a CPU
+
+Random weights in the true shape; lm_head and embedding stay in 16 bit, as the schemes ship them. Each format is a process
+of its own, one after the other; the first is measured again at the end, and the ratios are against the mean of the two,
+whose difference bounds what the machine drifted. On a GPU the decoder layers are compiled, with a static cache, and a
+decoding step is one CUDA graph. `SCHEME@TARGET` names a target: `int4@cuda-sm90-mslk`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from step_time import SHAPES
+
+CONTEXT = 256
+"""Tokens that lie in the cache when decoding is timed."""
+
+
+def main() -> int:
+    """Runs the formats one after the other, prints one line a format and batch size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b")
+    parser.add_argument("--layers", type=int, help="fewer decoder layers than the shape has")
+    parser.add_argument("--formats", nargs="+", default=["bf16", "int4", "fp8", "int8"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256])
+    parser.add_argument("--new", type=int, default=32, help="decoding steps in a measurement")
+    parser.add_argument("--prompt", type=int, default=4096, help="tokens of the prefill, one sequence")
+    parser.add_argument("--group-size", type=int)
+    parser.add_argument("--limit", type=float, default=240, help="seconds a format may take")
+    parser.add_argument("--out", type=Path, help="append the results here, one JSON line each")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        return _measure(options)
+    formats = [*options.formats, *(options.formats[:1] if len(options.formats) > 1 else [])]
+    runs = [_run(name, options) for name in formats]
+    base = [run for name, run in zip(formats, runs, strict=True) if name == formats[0]]
+    for run in runs:
+        for line in run:
+            same = [b["ms"] for lines in base for b in lines if (b["what"], b["batch"]) == (line["what"], line["batch"])]
+            line["x"] = round(statistics.fmean(same) / line["ms"], 3) if same else None
+            print(json.dumps(line), flush=True)
+            if options.out is not None:
+                with options.out.open("a") as out:
+                    out.write(json.dumps(line) + "\n")
+    return 0 if all(runs) else 1
+
+
+def _run(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--child", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit)
+        output, errors = done.stdout, done.stderr
+    except subprocess.TimeoutExpired as error:
+        output, errors = ((part or b"").decode() for part in (error.stdout, error.stderr))
+        errors += f"\nstopped after {options.limit:g} seconds"
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith('{"format"')]
+    if len(lines) < len(options.batches) + 1:
+        print(f"{name}:", *errors.splitlines()[-15:], sep="\n  ", file=sys.stderr, flush=True)
+    return lines
+
+
+# ---------------------------------------------------------------------- in a format's process
+
+
+def _measure(options: argparse.Namespace) -> int:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    model, weights = _build(options, "cuda" if cuda else "cpu")
+    about = {"format": options.child, "shape": options.shape, "layers": model.config.num_hidden_layers}
+    about |= {"weights_gib": round(weights / 2**30, 3), "torch": torch.__version__}
+    about["device"] = torch.cuda.get_device_name() if cuda else "cpu"
+    if cuda:
+        torch._dynamo.config.recompile_limit = 64
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
+    with torch.inference_mode():
+        for batch in options.batches:
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            milliseconds = _decode(model, batch, options.new, cuda)
+            _say(about, "decode", batch, milliseconds)
+        _say(about, "prefill", 1, _prefill(model, options.prompt, cuda))
+    return 0
+
+
+def _say(about: dict[str, Any], what: str, batch: int, milliseconds: float) -> None:
+    import torch
+
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    line = {**about, "what": what, "batch": batch, "ms": round(milliseconds, 4)}
+    print(json.dumps(line | {"peak_gib": None if peak is None else round(peak, 3)}), flush=True)
+
+
+def _build(options: argparse.Namespace, device: str) -> tuple[Any, int]:
+    """The model in its format, and the bytes of its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from quantize.convert import quantise_
+    from quantize.layers import select_layers
+    from quantize.schemes import find_scheme
+
+    name, _, target_name = options.child.partition("@")
+    dtype = torch.float32 if name == "float32" or device == "cpu" else torch.bfloat16
+    shape = SHAPES[options.shape] | ({"num_hidden_layers": options.layers} if options.layers else {})
+    config = AutoConfig.for_model("qwen3", max_position_embeddings=40960, rope_theta=1e6, **shape)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    if name not in ("bf16", "float32"):
+        scheme = find_scheme(name)
+        wanted = target_name or next(key for key in scheme.targets if device in key)
+        target = scheme.find_target(wanted)
+        group = scheme.pick_group_size(options.group_size, target)
+        quantise_(model, scheme, target, group, select_layers(model, scheme, group, target), None)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        return model, torch.cuda.memory_allocated()
+    return model, sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def _decode(model: Any, batch: int, new: int, cuda: bool) -> float:
+    """Milliseconds a decoding step, one token for each sequence of the batch, behind `CONTEXT` tokens."""
+    import torch
+    from transformers import StaticCache
+
+    config, device = model.config, model.device
+    cache = StaticCache(config=config, max_cache_len=CONTEXT + new + 8)
+    cache.early_initialization(batch, config.num_key_value_heads, config.head_dim, model.dtype, device)
+    ids = torch.randint(0, config.vocab_size, (batch, 1), device=device)
+
+    def rewind() -> None:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(CONTEXT)
+
+    def step() -> Any:
+        return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+
+    rewind()
+    if not cuda:
+        return _median(step, new, rewind, cuda)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    rewind()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = step()
+    milliseconds = _median(graph.replay, new, rewind, cuda)
+    assert bool(kept.isfinite().all()), "a decoding step gave no numbers"
+    return milliseconds
+
+
+def _prefill(model: Any, tokens: int, cuda: bool) -> float:
+    """Milliseconds for one prompt, its last logits alone."""
+    import torch
+
+    ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=model.device)
+    return _median(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1).logits, 1, lambda: None, cuda)
+
+
+def _median(call: Callable[[], Any], calls: int, before: Callable[[], None], cuda: bool, repeats: int = 9) -> float:
+    """Median milliseconds a call, of repeats of so many; the first two repeats are not counted."""
+    import torch
+
+    times = []
+    for _ in range(repeats + 2):
+        before()
+        if cuda:
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        if cuda:
+            events[1].record()
+            torch.cuda.synchronize()
+            times.append(events[0].elapsed_time(events[1]) / calls)
+        else:
+            times.append(1000 * (time.perf_counter() - began) / calls)
+    return statistics.median(times[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
