@@ -3,10 +3,10 @@
     python benchmarks/decode.py --shape qwen3-8b --formats bf16 int4 fp8 int8 --batches 1 8 64 256 --out decode.jsonl
     python benchmarks/decode.py --shape tiny --formats float32 int8-int4 --batches 1 2 --new 4 --prompt 32   # on a CPU
 
-Random weights in the true shape; lm_head and embedding stay in 16 bit, as the schemes ship them. Each format is a process
-of its own, one after the other; the first is measured again at the end, and the ratios are against the mean of the two,
-whose difference bounds what the machine drifted. On a GPU the decoder layers are compiled, with a static cache, and a
-decoding step is one CUDA graph. `SCHEME@TARGET` names a target: `int4@cuda-sm90-mslk`.
+Random weights in the true shape; lm_head and embedding stay in 16 bit, as the schemes ship them. Each format is a
+process of its own, one after the other; the first is measured again at the end, and the ratios are against the mean of
+the two, whose difference bounds what the machine drifted. On a GPU the decoder layers are compiled, with a static
+cache, and a decoding step is one CUDA graph. `SCHEME@TARGET` names a target: `int4@cuda-sm90-mslk`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def main() -> int:
     base = [run for name, run in zip(formats, runs, strict=True) if name == formats[0]]
     for run in runs:
         for line in run:
-            same = [b["ms"] for lines in base for b in lines if (b["what"], b["batch"]) == (line["what"], line["batch"])]
+            key = line["what"], line["batch"]
+            same = [other["ms"] for lines in base for other in lines if (other["what"], other["batch"]) == key]
             line["x"] = round(statistics.fmean(same) / line["ms"], 3) if same else None
             print(json.dumps(line), flush=True)
             if options.out is not None:

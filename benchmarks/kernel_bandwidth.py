@@ -60,19 +60,19 @@ def measure(options: argparse.Namespace) -> Any:
     shape = SHAPES[options.shape]
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     query, key = (shape[heads] * shape["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads"))
-    layers = {"q": (query, hidden), "k, v": (key, hidden), "o": (hidden, query), "gate, up": (inner, hidden)}
-    layers["down"] = (hidden, inner)
+    # As training launches them: the layers that share an input together.
+    layers = {"q, k, v": ((query, key, key), hidden), "o": ((hidden,), query), "gate, up": ((inner, inner), hidden)}
+    layers["down"] = ((hidden,), inner)
     for name, (numbers, group) in FORMATS.items():
         path = fused_path(numbers)
         assert path is not None
+        lines = []
         for layer, (rows, columns) in layers.items():
-            copies = max(2, -(-256 * 2**20 // (2 * rows * columns)))
-            yield {
-                "kernel": "weight",
-                "format": name,
-                "layer": layer,
-                **weight(path, group, rows, columns, copies, options),
-            }
+            lines.append(weight(path, group, rows, columns, options))
+            yield {"kernel": "weight", "format": name, "layer": layer, **lines[-1]}
+        moved = sum(line["gb_s"] * line["us"] for line in lines)
+        total = sum(line["us"] for line in lines)
+        yield {"kernel": "weight", "format": name, "layer": "all", "us": round(total, 1), "gb_s": moved / total}
         for width in sorted({hidden, query, inner}):
             if path.kind != "none":
                 yield {"kernel": "inputs", "format": name, "columns": width, **inputs(path, width, options.tokens)}
@@ -80,21 +80,22 @@ def measure(options: argparse.Namespace) -> Any:
 
 
 def weight(
-    path: FusedPath, group: int | None, rows: int, columns: int, copies: int, options: argparse.Namespace
+    path: FusedPath, group: int | None, rows: tuple[int, ...], columns: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """W + s B A -> the fake-quantised weight."""
-    layers = []
-    for _ in range(copies):
-        draw = [
+    """W + s B A -> the fake-quantised weight, of layers that share their input."""
+
+    def layer(count: int) -> Layer:
+        w, a, b = (
             torch.randn(*size, device="cuda") * 0.02
-            for size in ((rows, columns), (options.rank, columns), (rows, options.rank))
-        ]
-        layers.append(Layer(
-            weight=draw[0].bfloat16(), lora_a=draw[1], lora_b=draw[2], scaling=1.0, factor=None, group_size=group,
-            dtype=torch.bfloat16,
-        ))  # fmt: skip
-    out = path.weights([layers[0]], torch.bfloat16)[0]
-    return _line([lambda layer=layer: path.weights([layer], torch.bfloat16) for layer in layers], layers[0].weight, out)
+            for size in ((count, columns), (options.rank, columns), (count, options.rank))
+        )
+        return Layer(w.bfloat16(), a, b, 1.0, None, group, torch.bfloat16)
+
+    copies = max(2, -(-256 * 2**20 // (2 * sum(rows) * columns)))
+    groups = [[layer(count) for count in rows] for _ in range(copies)]
+    (out,) = path.weights(groups[0], torch.bfloat16)
+    read = torch.empty(sum(rows), columns, dtype=torch.bfloat16)
+    return _line([lambda layers=layers: path.weights(layers, torch.bfloat16) for layers in groups], read, out)
 
 
 def inputs(path: FusedPath, columns: int, tokens: int) -> dict[str, Any]:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from qat.adapters import adapter_of, base_linear
-from qat.linear import LayerNumerics, Projection, fake_quant_linear, fake_quant_linears, fake_quant_swiglu
+from qat.layer import LayerNumerics, Projection
+from qat.linear import fake_quant_linear, fake_quant_linears, fake_quant_swiglu
 from quantize.errors import UserError
 from quantize.numerics import Quantised
 

@@ -16,72 +16,17 @@ Shapes: `N` tokens, `O` out_features, `I` in_features, `G` groups, `R` rank; x i
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qat.cache import Weight, WeightCache
-from qat.kernels import Layer, Path, merged_weight, path_of
-from quantize.numerics import Numbers, Quantised, range_gradient
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerNumerics:
-    """What one layer needs to know about its format.
-
-    Attributes:
-        name: the layer's name without wrappers.
-        numbers: the format's numbers.
-        group_size: weights per scale; None = one scale a row.
-        dtype: what the shipped layer computes in; its scales have it too.
-        scaling: LoRA's s.
-        calls: counts, by layer name, how often fake quantisation ran; shared by all layers of the model.
-        factor: (O, G) multiplies each group's range; learned where it requires a gradient. None: 1, exactly.
-        fused: use the fused kernels where there are some.
-        keep: keep the fake-quantised weight from forward to backward; False makes it again where that saves memory.
-        cache: of fake-quantised weights; shared by all layers of the model.
-    """
-
-    name: str
-    numbers: Numbers
-    group_size: int | None
-    dtype: torch.dtype
-    scaling: float
-    calls: Counter[str]
-    factor: Tensor | None = None
-    fused: bool = True
-    keep: bool = True
-    cache: WeightCache = field(default_factory=lambda: WeightCache(limit=0))
-
-    def path(self, weight: Tensor) -> Path:
-        """How this layer is computed where `weight` lies."""
-        return path_of(self.numbers, weight.device.type, weight.dtype, fused=self.fused)
-
-    def layer(self, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, factor: Tensor | None) -> Layer:
-        """The layer with these weights."""
-        return Layer(weight, lora_a, lora_b, self.scaling, factor, self.group_size, self.dtype)
-
-    @torch.no_grad()
-    def quantise(self, weight: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None = None) -> Quantised:
-        """W + s B A (O, I) on the grid that ships."""
-        return self.path(weight).quantise(self.layer(weight, lora_a, lora_b, self.factor))
-
-
-class Projection(NamedTuple):
-    """The tensors of one layer; the adapters and the bias may be None. `factor` is `numerics.factor`.
-
-    `weight` may require a gradient (full fine-tuning).
-    """
-
-    weight: Tensor
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-    bias: Tensor | None
-    factor: Tensor | None
+from qat.cache import Weight
+from qat.gradients import to_inputs, to_parameters
+from qat.kernels import Path
+from qat.layer import LayerNumerics, Projection
+from quantize.numerics import Quantised
 
 
 def fake_quant_linears(
@@ -139,11 +84,11 @@ class _Linears(torch.autograd.Function):
             grad_x = None
             if ctx.needs_input_grad[0]:
                 shipped = _restored(ctx.path, weights, projections, ctx.numerics, ctx.compute)
-                grad_x = _to_inputs(rows, _each(shipped, projections))
+                grad_x = to_inputs(rows, _each(shipped, projections))
                 del shipped
             flat = ctx.path.restored_inputs(inputs, ctx.compute).flatten(0, -2)
             needs = _projections(ctx.needs_input_grad[2:])
-            found = _to_parameters(rows, flat, projections, ctx.numerics, needs)
+            found = to_parameters(rows, flat, projections, ctx.numerics, needs)
         if grad_x is not None:
             grad_x = grad_x.to(ctx.x_dtype).reshape(*grads[0].shape[:-1], -1)
         return (grad_x, None, *(grad for projection in found for grad in projection))
@@ -187,20 +132,20 @@ class _SwiGLU(torch.autograd.Function):
             rows = [grad.to(compute).reshape(-1, grad.shape[-1])]
             gate, up = _gate_and_up(halves, projections)
             (shipped,) = _restored(path, last, projections[2:], numerics[2:], compute)
-            to_hidden = _to_inputs(rows, [shipped]).reshape(gate.shape)
+            to_hidden = to_inputs(rows, [shipped]).reshape(gate.shape)
             del shipped
             hidden = path.swiglu_backward_(gate, up, to_hidden)  # gate and up are their gradients from here on
             flat = path.restored_inputs(hidden, compute).flatten(0, -2)
-            found_last = _to_parameters(rows, flat, projections[2:], numerics[2:], needs[2:])
+            found_last = to_parameters(rows, flat, projections[2:], numerics[2:], needs[2:])
             del to_hidden, hidden, flat
             grad_x = None
             if ctx.needs_input_grad[0]:
                 restored = _restored(path, first, projections[:2], numerics[:2], compute)
-                grad_x = _to_inputs([half.flatten(0, -2) for half in halves], restored)
+                grad_x = to_inputs([half.flatten(0, -2) for half in halves], restored)
                 del restored
             flat = path.restored_inputs(inputs, compute).flatten(0, -2)
             rows = [gate.flatten(0, -2), up.flatten(0, -2)]
-            found = _to_parameters(rows, flat, projections[:2], numerics[:2], needs[:2])
+            found = to_parameters(rows, flat, projections[:2], numerics[:2], needs[:2])
         if grad_x is not None:
             grad_x = grad_x.to(ctx.x_dtype).reshape(*grad.shape[:-1], -1)
         return (grad_x, None, *(grad for projection in (*found, *found_last) for grad in projection))
@@ -322,91 +267,3 @@ def _restored(
     """The restored weights (O, I), made again where they were not kept; as many as `_weights` gives."""
     found = weights or _weights(path, projections, numerics, compute)
     return [path.restored_weight(weight, numerics[0].dtype, compute) for weight in found]
-
-
-# ---------------------------------------------------------------------- gradients
-
-
-def _to_inputs(rows: Sequence[Tensor], shipped: Sequence[Tensor]) -> Tensor:
-    """The gradient (N, I) of the shared input: the sum of dY (N, O) Wq (O, I)."""
-    total = rows[0] @ shipped[0]
-    for grad, weight in zip(rows[1:], shipped[1:], strict=True):
-        total.addmm_(grad, weight)
-    return total
-
-
-def _to_parameters(
-    rows: Sequence[Tensor],
-    flat: Tensor,
-    projections: Sequence[Projection],
-    numerics: Sequence[LayerNumerics],
-    needs: Sequence[Any],
-) -> list[tuple[Tensor | None, ...]]:
-    """Gradients of weight, A, B, bias and factor of each layer; each only where it is asked for.
-
-    Args:
-        rows: dY (N, O) of each layer. flat: their inputs (N, I), rounded.
-    """
-    adapters = _to_adapters(rows, flat, projections, numerics, needs)
-    found: list[tuple[Tensor | None, ...]] = []
-    for grad, projection, layer, need, (grad_a, grad_b) in zip(
-        rows, projections, numerics, needs, adapters, strict=True
-    ):
-        weight, lora_a, lora_b, _, factor = projection
-        grad_weight = grad_factor = None
-        if factor is not None:
-            dense, grad_factor = _through_range(layer, (grad.t() @ flat).float(), projection)
-            grad_weight = dense.to(weight.dtype) if need.weight else None
-            if need.lora_a and lora_a is not None and lora_b is not None:
-                grad_a = (lora_b.float().t() @ dense).to(lora_a.dtype) * layer.scaling
-            if need.lora_b and lora_a is not None and lora_b is not None:
-                grad_b = (dense @ lora_a.float().t()).to(lora_b.dtype) * layer.scaling
-        elif need.weight:
-            grad_weight = (grad.t() @ flat).to(weight.dtype)
-        grad_bias = grad.sum(0) if need.bias else None
-        found.append((grad_weight, grad_a, grad_b, grad_bias, grad_factor if need.factor else None))
-    return found
-
-
-def _to_adapters(
-    rows: Sequence[Tensor],
-    flat: Tensor,
-    projections: Sequence[Projection],
-    numerics: Sequence[LayerNumerics],
-    needs: Sequence[Any],
-) -> list[tuple[Tensor | None, Tensor | None]]:
-    """Gradients of A and B of the layers whose ranges are fixed, the inputs read once for all of them."""
-    chosen = [
-        index
-        for index, (projection, need) in enumerate(zip(projections, needs, strict=True))
-        if projection.factor is None and (need.lora_a or need.lora_b)
-    ]
-    found: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(projections)
-    if not chosen:
-        return found
-    ranks = [len(projections[index].lora_a) for index in chosen]  # type: ignore[arg-type]
-    all_a = [projections[index].lora_a.to(flat.dtype) for index in chosen]  # type: ignore[union-attr]
-    low_rank = flat @ (all_a[0] if len(all_a) == 1 else torch.cat(all_a)).t()
-    to_low_rank = torch.empty_like(low_rank)
-    parts = zip(chosen, low_rank.split(ranks, dim=1), to_low_rank.split(ranks, dim=1), strict=True)
-    grads_b: list[Tensor | None] = []
-    for index, part, to_part in parts:
-        lora_b, scaling = projections[index].lora_b, numerics[index].scaling
-        assert lora_b is not None
-        to_part.addmm_(rows[index], lora_b.to(flat.dtype), beta=0, alpha=scaling)
-        grad_b = torch.empty_like(lora_b, dtype=flat.dtype)
-        grads_b.append(grad_b.addmm_(rows[index].t(), part, beta=0, alpha=scaling) if needs[index].lora_b else None)
-    grads_a = (to_low_rank.t() @ flat).split(ranks)
-    for index, grad_a, found_b in zip(chosen, grads_a, grads_b, strict=True):
-        found[index] = grad_a if needs[index].lora_a else None, found_b  # autograd casts to their parameter's dtype
-    return found
-
-
-def _through_range(numerics: LayerNumerics, dense: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
-    """The dense gradient (O, I) without the weights that clip, and the gradient (O, G) of the range's factor."""
-    weight, lora_a, lora_b, _, factor = projection
-    assert factor is not None
-    merged = merged_weight(weight, lora_a, lora_b, numerics.scaling)
-    moves, inside = range_gradient(numerics.numbers, merged, numerics.quantise(weight, lora_a, lora_b), factor)
-    grad_factor = (dense * moves).reshape(*factor.shape, -1).sum(-1).to(factor.dtype)
-    return dense * inside, grad_factor

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qat.adapters import active_module, adapter_of, base_linear, merged_of, refuse_adapters, scaling_of
 from qat.cache import WeightCache
 from qat.forwards import Binding, binding_of_embedding, bindings_inside, bindings_outside, is_bound
-from qat.linear import LayerNumerics
+from qat.layer import LayerNumerics
 from quantize.errors import UserError
 from quantize.layers import Coverage, is_outermost_linear, plain_name, select_layers
 from quantize.numerics import Quantised, best_factor

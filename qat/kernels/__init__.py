@@ -1,7 +1,8 @@
 """How a layer's fake quantisation is computed: by fused kernels, or by the definition itself in plain torch.
 
-Here is the one place that chooses: `path_of`. Both paths give the same bits (tests/kernels, tests/gpu), so what follows
-from the choice is speed alone: a weight is merged, rounded and restored in one read and one write, an input in another.
+Here is the one place that chooses: `path_of`. Of the same merged weight and the same input both paths make the same
+bits (tests/kernels); the kernels sum W + s B A in another order, in float32 as well. A weight is merged, rounded and
+restored in one read and one write, an input in another.
 """
 
 from __future__ import annotations
@@ -164,28 +165,31 @@ class FusedPath(PlainPath):
 
     def quantise(self, layer: Layer) -> Quantised:
         """See `Path.quantise`."""
-        from qat.kernels import weights
+        from qat.kernels.grouped import grouped_weight
+        from qat.kernels.rows import row_weight
 
         if self.rows:
-            return weights.row_weight([layer], values=self._stored())
+            return row_weight([layer], values=self._stored())
         if layer.group_size is None:
             return super().quantise(layer)
-        quantised = weights.grouped_weight([layer], layer.group_size, layer.dtype, bits=self.bits, out=None)
+        quantised = grouped_weight([layer], layer.group_size, layer.dtype, bits=self.bits, out=None)
         assert isinstance(quantised, Quantised)
         return quantised
 
     def weights(self, layers: Sequence[Layer], compute: torch.dtype) -> list[Tensor | Quantised]:
         """See `Path.weights`."""
-        from qat.kernels import weights
+        from qat.kernels.grouped import grouped_weight
+        from qat.kernels.merged import alike
+        from qat.kernels.rows import row_weight
 
-        if not weights.alike(layers):
+        if not alike(layers):
             return [self.weights([layer], compute)[0] for layer in layers]
         if self.rows:
-            return [weights.row_weight(layers, values=compute if self.kind == "none" else self._stored())]
+            return [row_weight(layers, values=compute if self.kind == "none" else self._stored())]
         group, dtype = layers[0].group_size, layers[0].dtype
         if group is None:
             return super().weights(layers, compute)
-        return [weights.grouped_weight(layers, group, dtype, bits=self.bits, out=compute)]
+        return [grouped_weight(layers, group, dtype, bits=self.bits, out=compute)]
 
     def _stored(self) -> torch.dtype:
         return torch.float8_e4m3fn if self.kind == "fp8" else torch.int8

@@ -158,7 +158,8 @@ def test_training_computes_what_the_shipped_layer_computes(
     """The QAT layer under bf16 autocast, float32 weights and an adapter, against torchao's layer of its grid."""
     from collections import Counter
 
-    from qat.linear import LayerNumerics, Projection, fake_quant_linear
+    from qat.layer import LayerNumerics, Projection
+    from qat.linear import fake_quant_linear
 
     target = _runnable(scheme, target_name)
     shape = _shapes(target, group_size)[0]

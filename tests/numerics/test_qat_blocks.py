@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from qat import forwards
 from qat.cache import WeightCache
 from qat.kernels import Layer, PlainPath, path_of
-from qat.linear import LayerNumerics, Projection, fake_quant_linears, fake_quant_swiglu
+from qat.layer import LayerNumerics, Projection
+from qat.linear import fake_quant_linears, fake_quant_swiglu
 from qat.prepare import Prepared, prepare_qat, remove_qat
 from quantize import integers
 from quantize.schemes import SCHEMES

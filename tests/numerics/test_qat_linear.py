@@ -11,7 +11,8 @@ from samples import EVERY_TARGET, find_target, group_sizes
 from torch import Tensor, nn
 
 from qat.kernels import merged_weight
-from qat.linear import LayerNumerics, Projection, fake_quant_linear
+from qat.layer import LayerNumerics, Projection
+from qat.linear import fake_quant_linear
 from quantize import float8, integers
 from quantize.numerics import Numbers, best_factor, range_gradient
 from quantize.schemes import SCHEMES

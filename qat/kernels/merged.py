@@ -1,0 +1,143 @@
+"""W + s B A of one layer, or of several that share their input in one launch: what every format's kernel begins with.
+
+The sum is float32, the products on tensor cores as three products of halves, which keeps float32's accuracy.
+
+Shapes: W (O, I), A (R, I), B (O, R), factors (O, G); all contiguous.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return,name-defined,valid-type,misc"
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qat.kernels.arithmetic import upper
+from qat.kernels.launch import next_power_of_2
+
+MOST = 3
+"""Layers that one launch takes."""
+
+
+@triton.jit
+def pick(index, first, second, third, COUNT: tl.constexpr):
+    """The pointer of that index."""
+    pointer = first
+    if COUNT > 1:  # noqa: SIM102  known when it is compiled, unlike the other
+        if index == 1:
+            pointer = second
+    if COUNT > 2:  # noqa: SIM102
+        if index == 2:
+            pointer = third
+    return pointer
+
+
+@triton.jit
+def pick_rows(index, first, second, third, STRIP: tl.constexpr):
+    """(rows of the layer of that index, rows before it, strips before it)."""
+    strips_0, strips_1 = tl.cdiv(first, STRIP), tl.cdiv(second, STRIP)
+    rows = tl.where(index == 0, first, tl.where(index == 1, second, third))
+    before = tl.where(index == 0, 0, tl.where(index == 1, first, first + second))
+    return rows, before, tl.where(index == 0, 0, tl.where(index == 1, strips_0, strips_0 + strips_1))
+
+
+@triton.jit
+def layer_of(strip, first, second, STRIP: tl.constexpr, COUNT: tl.constexpr):
+    """Which of the layers a strip of `STRIP` rows belongs to."""
+    index = strip * 0
+    if COUNT > 1:
+        index += (strip >= tl.cdiv(first, STRIP)).to(tl.int32)
+    if COUNT > 2:
+        index += (strip >= tl.cdiv(first, STRIP) + tl.cdiv(second, STRIP)).to(tl.int32)
+    return index
+
+
+@triton.jit
+def tile_of_a(a_ptr, columns, column_ids, start, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    """Rows `start` to `start + RANK_BLOCK` of A at these columns."""
+    r = start + tl.arange(0, RANK_BLOCK)
+    inside = (r < RANK)[:, None] & (column_ids < columns)[None, :]
+    offsets = r.to(tl.int64)[:, None] * columns + column_ids[None, :]
+    return tl.load(a_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def merged_tile(
+    w_ptr, a_ptr, b_ptr, scaling, rows, row_ids, columns, column_ids, first_a,
+    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ADAPTER: tl.constexpr,
+):  # fmt: skip
+    """A tile of W + s B A in float32; zeros beyond the edges. `first_a` is the first tile of A."""
+    inside = (row_ids < rows)[:, None] & (column_ids < columns)[None, :]
+    offsets = row_ids.to(tl.int64)[:, None] * columns + column_ids[None, :]
+    w = tl.load(w_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    if ADAPTER:
+        low_rank = tl.zeros(w.shape, tl.float32)
+        for start in tl.static_range(0, RANK, RANK_BLOCK):
+            r = start + tl.arange(0, RANK_BLOCK)
+            b_inside = (row_ids < rows)[:, None] & (r < RANK)[None, :]
+            b = tl.load(b_ptr + row_ids[:, None] * RANK + r[None, :], mask=b_inside, other=0.0).to(tl.float32)
+            a = first_a
+            if start > 0:
+                a = tile_of_a(a_ptr, columns, column_ids, start, RANK, RANK_BLOCK)
+            b = b * scaling
+            upper_a, upper_b = upper(a), upper(b)
+            low_rank = tl.dot(b - upper_b, upper_a, low_rank, input_precision="tf32")
+            low_rank = tl.dot(upper_b, a - upper_a, low_rank, input_precision="tf32")
+            low_rank = tl.dot(upper_b, upper_a, low_rank, input_precision="tf32")
+        w = w + low_rank
+    return w
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a kernel cuts a weight: tiles of `rows` x `columns`, `steps` of them one below the other.
+
+    `stages` - 1 of them are loaded ahead. Found by measuring, on an H100 (docs/RESULTS.md).
+    """
+
+    rows: int
+    columns: int
+    steps: int
+    warps: int
+    stages: int = 1
+
+
+def fitted(blocks: Blocks, rows: Sequence[int], columns: int, group_size: int) -> Blocks:
+    """With columns that hold a group, and so few steps that a small weight still gives work to the whole GPU."""
+    if group_size > blocks.columns:
+        blocks = replace(blocks, rows=max(16, blocks.rows * blocks.columns // group_size), columns=group_size)
+    tiles = -(-sum(rows) // blocks.rows) * -(-columns // blocks.columns)
+    most = max(1, tiles // 256)
+    return replace(blocks, steps=min(blocks.steps, 1 << (most.bit_length() - 1)))
+
+
+def alike(layers: Sequence[Any]) -> bool:
+    """Whether one launch takes these layers: their weights and adapters differ in out_features alone."""
+
+    def kind(layer: Any) -> Any:
+        parts = (layer.weight, layer.lora_a, layer.lora_b, layer.factor)
+        return (
+            layer.scaling, layer.weight.shape[1], None if layer.lora_a is None else layer.lora_a.shape[0],
+            [None if part is None else part.dtype for part in parts],
+        )  # fmt: skip
+
+    return len(layers) <= MOST and all(kind(layer) == kind(layers[0]) for layer in layers[1:])
+
+
+def pointers(layers: Sequence[Any]) -> tuple[list[Tensor | None], list[int]]:
+    """(the tensors of the layers by kind, three of each, and their rows), contiguous."""
+    tensors: list[Tensor | None] = []
+    for parts in zip(*((layer[0], layer[1], layer[2], layer[4]) for layer in layers), strict=True):
+        found = [part if part is None or part.is_contiguous() else part.contiguous() for part in parts]
+        tensors += found + [found[0]] * (MOST - len(found))
+    rows = [layer.weight.shape[0] for layer in layers]
+    return tensors, rows + [0] * (MOST - len(rows))
+
+
+def rank_of(lora_a: Tensor | None) -> tuple[int, int]:
+    """(rank, its block: a power of two from 16, which tensor cores need, to 64)."""
+    rank = 1 if lora_a is None else lora_a.shape[0]
+    return rank, min(max(16, next_power_of_2(rank)), 64)
