@@ -194,7 +194,8 @@ def _dropout(module: Any) -> nn.Dropout | None:
 class _SharedInput:
     """Sibling layers with the same input: when the first is called it computes all, and the others take theirs.
 
-    Where they turn out to be called with inputs of their own (cross attention), each computes for itself from then on.
+    Where they turn out to be called with inputs of their own (cross attention), or not all of them (layers that share
+    the keys of another), each computes for itself from then on.
     """
 
     def __init__(self, members: Layers) -> None:
@@ -211,6 +212,8 @@ class _SharedInput:
 
         def forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if index == 0:
+                if self._waiting:  # one of them was not called
+                    self.separate, self._input, self._waiting = True, None, {}
                 return alone(module, x) if self.separate or self._perturbed() else self._compute(x)
             output = self._take(index, x)
             return alone(module, x) if output is None else output

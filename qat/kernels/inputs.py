@@ -118,9 +118,11 @@ def _launch(
 ) -> Tensor | Quantised:
     columns = x.shape[-1]
     block = next_power_of_2(columns)
+    # Of halves of one tensor; the stride of a dimension of size 1 says nothing, hence the rows' after flattening.
+    stride = columns if up is None else x.flatten(0, -2).stride(0)
     _tokens(
         (x.numel() // columns, 1, 1), (x, up, grad, out, scale),
-        columns, x.stride(-2) if x.dim() > 1 else columns, block, KINDS[kind], up is not None, grad is not None,
+        columns, stride, block, KINDS[kind], up is not None, grad is not None,
         x.dtype == torch.bfloat16,
         num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip

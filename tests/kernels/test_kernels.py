@@ -177,6 +177,9 @@ def test_inputs(numbers: Numbers, dtype: torch.dtype, columns: int) -> None:
     ours, theirs = fused.inputs(x), plain.inputs(x)
     _assert_same(ours, theirs)
     _assert_same(fused.restored_inputs(ours, dtype), plain.restored_inputs(theirs, dtype))
+    odd = x.unsqueeze(0).transpose(0, 1)  # contiguous, though the stride of its middle dimension is not a row's
+    assert odd.is_contiguous()
+    _assert_same(fused.restored_inputs(fused.inputs(odd), dtype).squeeze(1), plain.restored_inputs(theirs, dtype))
     threefold = x[:60].reshape(3, 20, columns)
     _assert_same(fused.restored_inputs(fused.inputs(threefold), dtype).reshape(60, columns),
                  plain.restored_inputs(plain.inputs(x[:60]), dtype))  # fmt: skip

@@ -197,6 +197,22 @@ def test_an_input_that_is_changed_in_place_between_siblings_is_not_taken_for_the
     assert torch.equal(changed, fresh)
 
 
+def test_where_not_all_siblings_are_called_nothing_is_kept() -> None:
+    torch.manual_seed(0)
+    model = _Cross()
+    prepared = _prepare(model)
+    x = torch.randn(2, 64)
+    first = model.q_proj(x)
+    assert torch.equal(model.q_proj(x), first)
+    group = next(b.forward.__closure__ for b in prepared.bindings if b.module is model.q_proj)
+    assert group is not None
+    (shared,) = (cell.cell_contents for cell in group if isinstance(cell.cell_contents, forwards._SharedInput))
+    assert shared.separate and not shared._waiting and shared._input is None
+    before = dict(prepared.calls)
+    model.q_proj(x)
+    assert prepared.calls["q_proj"] == before["q_proj"] + 1 and prepared.calls["k_proj"] == before["k_proj"]
+
+
 def test_what_an_instance_had_bound_before_comes_back() -> None:
     model = with_lora(tiny_model())
     mlp = model.base_model.model.model.layers[0].mlp
