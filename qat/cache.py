@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quantize.numerics import Quantised
@@ -48,8 +49,8 @@ class WeightCache:
             options: what else it depends on.
         """
         trains = any(part is not None and part.requires_grad for part in parts)
-        if self.limit == 0 or (trains and not self.reuse):
-            return make()
+        if self.limit == 0 or (trains and not self.reuse) or torch.is_inference_mode_enabled():
+            return make()  # what inference mode makes cannot be saved for a backward pass later
         # An optimiser that writes past the version counter is why `moved` has to be called as well.
         state = (options, *((part.data_ptr(), part._version) if part is not None else None for part in parts))
         found = self._held.get(name)

@@ -101,8 +101,11 @@ def _children(parent: nn.Module, names: Sequence[str], numerics: dict[int, Layer
     members = [(module, numerics[id(module)]) for module in modules if module is not None and id(module) in numerics]
     if len(members) < len(names) or len({(n.numbers, n.group_size, n.dtype) for _, n in members}) > 1:
         return []
-    devices = {base_linear(module).weight.device for module, _ in members}
-    return members if len(devices) == 1 else []
+    linears = [base_linear(module) for module, _ in members]
+    kinds = {(linear.weight.device, linear.weight.dtype) for linear in linears}
+    # Of a gated MLP the last has an input of its own.
+    widths = {linear.in_features for linear in linears[: len(linears) - (names is _GATED)]}
+    return members if len(kinds) == len(widths) == 1 else []
 
 
 # ---------------------------------------------------------------------- one layer
@@ -117,7 +120,6 @@ class _Tensors:
         self.adapted = adapter_of(module)[0] is not None
         if self.adapted:
             (self.name,) = module.active_adapters
-            self.lora_a, self.lora_b = module.lora_A[self.name], module.lora_B[self.name]
 
     def projection(self) -> Projection:
         """The tensors in use: no adapter under `disable_adapter()`.
@@ -139,7 +141,7 @@ class _Tensors:
                 raise UserError(
                     f"{self.numerics.name}: another adapter was made active after prepare_qat; prepare the model again"
                 )
-            lora_a, lora_b = self.lora_a._parameters["weight"], self.lora_b._parameters["weight"]
+            lora_a, lora_b = (matrices[self.name]._parameters["weight"] for matrices in (module.lora_A, module.lora_B))
         return Projection(weight, lora_a, lora_b, parameters["bias"], self.numerics.factor)
 
 
@@ -202,8 +204,8 @@ class _SharedInput:
         self.members = members
         self.tensors = [_Tensors(module, numerics) for module, numerics in members]
         self.numerics = [numerics for _, numerics in members]
-        self.separate = False
-        self._input: tuple[Tensor, int] | None = None
+        self.separate = self._parted = False
+        self._input: tuple[Tensor, int, bool] | None = None
         self._waiting: dict[int, Tensor] = {}
 
     def forward(self, index: int) -> Callable[..., Tensor]:
@@ -213,7 +215,9 @@ class _SharedInput:
         def forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if index == 0:
                 if self._waiting:  # one of them was not called
-                    self.separate, self._input, self._waiting = True, None, {}
+                    self._part()
+                if torch._C._current_graph_task_id() == -1:  # checkpointing recomputes what forward computed
+                    self.separate = self._parted
                 return alone(module, x) if self.separate or self._perturbed() else self._compute(x)
             output = self._take(index, x)
             return alone(module, x) if output is None else output
@@ -225,15 +229,19 @@ class _SharedInput:
 
     def _compute(self, x: Tensor) -> Tensor:
         output, *others = fake_quant_linears(x, [tensors.projection() for tensors in self.tensors], self.numerics)
-        self._input, self._waiting = (x, _version(x)), dict(enumerate(others, start=1))
+        self._input = (x, _version(x), torch.is_grad_enabled())
+        self._waiting = dict(enumerate(others, start=1))
         return output
+
+    def _part(self) -> None:
+        self._parted, self._input, self._waiting = True, None, {}
 
     def _take(self, index: int, x: Tensor) -> Tensor | None:
         if index not in self._waiting:
             return None
         assert self._input is not None
-        if x is not self._input[0] or _version(x) != self._input[1]:
-            self.separate, self._input, self._waiting = True, None, {}
+        if x is not self._input[0] or (_version(x), torch.is_grad_enabled()) != self._input[1:]:
+            self._part()
             return None
         output = self._waiting.pop(index)
         if not self._waiting:

@@ -56,7 +56,8 @@ class LayerNumerics:
     @torch.no_grad()
     def quantise(self, weight: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None = None) -> Quantised:
         """W + s B A (O, I) on the grid that ships."""
-        return self.path(weight).quantise(self.layer(weight, lora_a, lora_b, self.factor))
+        with torch.autocast(weight.device.type, enabled=False):
+            return self.path(weight).quantise(self.layer(weight, lora_a, lora_b, self.factor))
 
 
 class Projection(NamedTuple):

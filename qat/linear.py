@@ -80,17 +80,17 @@ class _Linears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (inputs,), projections, weights = _saved(ctx)
         with ctx.path.exactly(grads[0].device.type):
-            rows = [grad.to(ctx.compute).reshape(-1, grad.shape[-1]) for grad in grads]
+            rows = [_rows(grad.to(ctx.compute)) for grad in grads]
             grad_x = None
             if ctx.needs_input_grad[0]:
                 shipped = _restored(ctx.path, weights, projections, ctx.numerics, ctx.compute)
                 grad_x = to_inputs(rows, _each(shipped, projections))
                 del shipped
-            flat = ctx.path.restored_inputs(inputs, ctx.compute).flatten(0, -2)
+            flat = _rows(ctx.path.restored_inputs(inputs, ctx.compute))
             needs = _projections(ctx.needs_input_grad[2:])
             found = to_parameters(rows, flat, projections, ctx.numerics, needs)
         if grad_x is not None:
-            grad_x = grad_x.to(ctx.x_dtype).reshape(*grads[0].shape[:-1], -1)
+            grad_x = grad_x.to(ctx.x_dtype).reshape(*grads[0].shape[:-1], grad_x.shape[-1])
         return (grad_x, None, *(grad for projection in found for grad in projection))
 
 
@@ -129,26 +129,31 @@ class _SwiGLU(torch.autograd.Function):
         first, last = weights[1:], weights[:1]
         needs = _projections(ctx.needs_input_grad[2:])
         with path.exactly(grad.device.type):
-            rows = [grad.to(compute).reshape(-1, grad.shape[-1])]
+            rows = [_rows(grad.to(compute))]
             gate, up = _gate_and_up(halves, projections)
             (shipped,) = _restored(path, last, projections[2:], numerics[2:], compute)
             to_hidden = to_inputs(rows, [shipped]).reshape(gate.shape)
             del shipped
             hidden = path.swiglu_backward_(gate, up, to_hidden)  # gate and up are their gradients from here on
-            flat = path.restored_inputs(hidden, compute).flatten(0, -2)
+            flat = _rows(path.restored_inputs(hidden, compute))
             found_last = to_parameters(rows, flat, projections[2:], numerics[2:], needs[2:])
             del to_hidden, hidden, flat
             grad_x = None
             if ctx.needs_input_grad[0]:
                 restored = _restored(path, first, projections[:2], numerics[:2], compute)
-                grad_x = to_inputs([half.flatten(0, -2) for half in halves], restored)
+                grad_x = to_inputs([_rows(half) for half in halves], restored)
                 del restored
-            flat = path.restored_inputs(inputs, compute).flatten(0, -2)
-            rows = [gate.flatten(0, -2), up.flatten(0, -2)]
+            flat = _rows(path.restored_inputs(inputs, compute))
+            rows = [_rows(gate), _rows(up)]
             found = to_parameters(rows, flat, projections[:2], numerics[:2], needs[:2])
         if grad_x is not None:
-            grad_x = grad_x.to(ctx.x_dtype).reshape(*grad.shape[:-1], -1)
+            grad_x = grad_x.to(ctx.x_dtype).reshape(*grad.shape[:-1], grad_x.shape[-1])
         return (grad_x, None, *(grad for projection in (*found, *found_last) for grad in projection))
+
+
+def _rows(values: Tensor) -> Tensor:
+    """(..., I) -> (N, I)."""
+    return values.reshape(-1, values.shape[-1])
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

@@ -95,6 +95,7 @@ class Prepared:
         """Takes factors that `factors` gave, in place of choosing them."""
         for name, factor in self.factors.items():
             factor.data.copy_(stored[name])
+        self.cache.clear()
         self.ranges_chosen = True
 
     def silent(self) -> list[str]:

@@ -241,7 +241,9 @@ def _callback(
             self.began = True
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if learner.prepared is not None:  # they are no parameters of the model, whose gradients the trainer clears
+            if learner.prepared is not None:
+                learner.prepared.cache.moved()  # here too: an evaluation may follow the last step
+                # They are no parameters of the model, whose gradients the trainer clears.
                 for factor in learner.prepared.factors.values():
                     factor.grad = None
                     factor.data.clamp_(min=_LEAST_FACTOR)

@@ -2,13 +2,13 @@
 
 Here is the one place that chooses: `path_of`. Of the same merged weight and the same input both paths make the same
 bits (tests/kernels); the kernels sum W + s B A in another order, in float32 as well. A weight is merged, rounded and
-restored in one read and one write, an input in another.
+restored in one read (two where a scale spans a row) and one write, an input in another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
@@ -147,7 +147,7 @@ class PlainPath:
 
 
 class FusedPath(PlainPath):
-    """The same bits by Triton's kernels.
+    """The same rounding, bit for bit, by Triton's kernels; SiLU's exponential is another implementation.
 
     Attributes:
         bits: width of symmetric integers per group; None = tinygemm's int4.
@@ -158,10 +158,6 @@ class FusedPath(PlainPath):
     def __init__(self, numbers: Numbers, *, bits: int | None = None, rows: bool = False, kind: str = "none") -> None:
         super().__init__(numbers)
         self.bits, self.rows, self.kind = bits, rows, kind
-
-    def exactly(self, device_type: str) -> AbstractContextManager[Any]:
-        """Nothing to hold off: the products' operands are in the dtype of autocast, and autocast knows no kernels."""
-        return nullcontext()
 
     def quantise(self, layer: Layer) -> Quantised:
         """See `Path.quantise`."""

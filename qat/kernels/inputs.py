@@ -119,7 +119,7 @@ def _launch(
     columns = x.shape[-1]
     block = next_power_of_2(columns)
     # Of halves of one tensor; the stride of a dimension of size 1 says nothing, hence the rows' after flattening.
-    stride = columns if up is None else x.flatten(0, -2).stride(0)
+    stride = columns if up is None else x.reshape(-1, columns).stride(0)
     _tokens(
         (x.numel() // columns, 1, 1), (x, up, grad, out, scale),
         columns, stride, block, KINDS[kind], up is not None, grad is not None,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from tiny_models import IDS, gradients, logits_of, tiny_model, with_lora
 from torch import Tensor, nn
 
@@ -157,9 +158,9 @@ def test_frozen_layers_are_made_once(made: Counter[str]) -> None:
 class _Cross(nn.Module):
     """Attention whose keys and values come from elsewhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 64) -> None:
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(64, 64) for _ in range(3))
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(64, 64), nn.Linear(width, 64), nn.Linear(width, 64)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         return self.q_proj(x) + self.k_proj(memory) * self.v_proj(memory)
@@ -182,6 +183,50 @@ def test_siblings_with_inputs_of_their_own_part() -> None:
         assert torch.equal(model(x, memory), expected)
     same = alone("q_proj", x) + alone("k_proj", x) * alone("v_proj", x)
     assert torch.equal(model(x, x), same)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_siblings_part_under_checkpointing_too(together: bool) -> None:
+    """What they turn out to be in forward must not change what the recomputed forward saves."""
+    torch.manual_seed(0)
+    model = _Cross()
+    _prepare(model)
+    x, memory = torch.randn(2, 3, 64), torch.randn(2, 3, 64)
+    grads = []
+    for _ in range(2):
+        model.zero_grad()
+        run = model if together else (lambda x, memory: model.q_proj(x))
+        output = torch.utils.checkpoint.checkpoint(run, x, memory, use_reentrant=False)
+        output.square().sum().backward()
+        assert model.q_proj.weight.grad is not None
+        grads.append(model.q_proj.weight.grad.clone())
+    torch.testing.assert_close(*grads)
+
+
+def test_siblings_of_other_widths_are_apart() -> None:
+    model = _Cross(width=128)
+    prepared = _prepare(model)
+    output = model(torch.randn(2, 3, 64), torch.randn(2, 3, 128))
+    assert output.shape == (2, 3, 64) and not prepared.silent()
+
+
+@pytest.mark.parametrize("shape", [(64,), (0, 64), (2, 0, 64)], ids=str)
+@pytest.mark.parametrize("scheme", FORMATS)
+def test_one_token_and_none(scheme: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = _Cross()
+    _prepare(model, scheme)
+    x = torch.zeros(shape, requires_grad=True)
+    model(x, x).sum().backward()
+    assert x.grad is not None and x.grad.shape == shape
+
+
+def test_training_goes_on_after_inference_mode() -> None:
+    model = with_lora(tiny_model(), target_modules=["q_proj", "v_proj"])
+    _prepare(model)
+    with torch.inference_mode():
+        model(input_ids=IDS)
+    assert gradients(model)
 
 
 def test_an_input_that_is_changed_in_place_between_siblings_is_not_taken_for_the_same() -> None:
