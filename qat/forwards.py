@@ -19,7 +19,6 @@ from qat.adapters import adapter_of, base_linear
 from qat.layer import LayerNumerics, Projection
 from qat.linear import fake_quant_linear, fake_quant_linears, fake_quant_swiglu
 from quantize.errors import UserError
-from quantize.numerics import Quantised
 
 _MARK = "activation_fake_quantizer"  # a child of this name makes Unsloth's fused kernels call the projection instead
 _SHARED = (
@@ -51,9 +50,15 @@ class Binding:
 
     def bind(self) -> None:
         """Puts the forward in."""
-        self.forward.fake_quantised = True  # type: ignore[attr-defined]
+
+        def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+            if module is not self.module:
+                raise UserError("this is a copy of a prepared model; copy it before prepare_qat, and prepare the copy")
+            return self.forward(module, *args, **kwargs)
+
+        forward.fake_quantised = True  # type: ignore[attr-defined]
         self.before = vars(self.module).get("forward")
-        self.module.forward = types.MethodType(self.forward, self.module)
+        self.module.forward = types.MethodType(forward, self.module)
         if hasattr(self.module, "base_layer"):
             self.module.base_layer.add_module(_MARK, nn.Identity())
 
@@ -79,7 +84,7 @@ def bindings_inside(model: nn.Module, layers: Layers) -> list[Binding]:
     for parent in model.modules():
         for names in _SHARED:
             members = _children(parent, names, numerics)
-            if members:
+            if len({base_linear(module).in_features for module, _ in members}) == 1:
                 group = _SharedInput(members)
                 shared |= {
                     id(module): Binding(module, group.forward(index)) for index, (module, _) in enumerate(members)
@@ -101,11 +106,8 @@ def _children(parent: nn.Module, names: Sequence[str], numerics: dict[int, Layer
     members = [(module, numerics[id(module)]) for module in modules if module is not None and id(module) in numerics]
     if len(members) < len(names) or len({(n.numbers, n.group_size, n.dtype) for _, n in members}) > 1:
         return []
-    linears = [base_linear(module) for module, _ in members]
-    kinds = {(linear.weight.device, linear.weight.dtype) for linear in linears}
-    # Of a gated MLP the last has an input of its own.
-    widths = {linear.in_features for linear in linears[: len(linears) - (names is _GATED)]}
-    return members if len(kinds) == len(widths) == 1 else []
+    weights = [base_linear(module).weight for module, _ in members]
+    return members if len({(weight.device, weight.dtype) for weight in weights}) == 1 else []
 
 
 # ---------------------------------------------------------------------- one layer
@@ -151,6 +153,7 @@ def _inside(module: Any, numerics: LayerNumerics) -> Callable[..., Tensor]:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         projection = tensors.projection()
         output = fake_quant_linear(x, projection, numerics)
+        numerics.count()
         dropout = _dropout(self)
         if dropout is None or projection.lora_a is None or projection.lora_b is None:
             return output
@@ -167,6 +170,7 @@ def _outside(module: Any, numerics: LayerNumerics) -> Callable[..., Tensor]:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         projection = tensors.projection()
         output = fake_quant_linear(x, projection._replace(lora_a=None, lora_b=None), numerics)
+        numerics.count()
         if projection.lora_a is None or projection.lora_b is None:
             return output
         dropout = _dropout(self)
@@ -218,9 +222,13 @@ class _SharedInput:
                     self._part()
                 if torch._C._current_graph_task_id() == -1:  # checkpointing recomputes what forward computed
                     self.separate = self._parted
-                return alone(module, x) if self.separate or self._perturbed() else self._compute(x)
-            output = self._take(index, x)
-            return alone(module, x) if output is None else output
+                output = None if self.separate or self._perturbed() else self._compute(x)
+            else:
+                output = self._take(index, x)
+            if output is None:
+                return alone(module, x)
+            self.numerics[index].count()  # not when it is computed: a backend may never ask for it
+            return output
 
         return forward
 
@@ -259,9 +267,11 @@ def _gated_forward(members: Layers) -> Callable[..., Tensor]:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if any(_dropout(module) is not None for module, _ in members):
-            output: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-            return output
-        return fake_quant_swiglu(x, [tensors.projection() for tensors in layers], numerics)
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        output = fake_quant_swiglu(x, [tensors.projection() for tensors in layers], numerics)
+        for layer in numerics:
+            layer.count()
+        return output
 
     return forward
 
@@ -302,45 +312,3 @@ class _Term:
 
     def __str__(self) -> str:
         return self.text
-
-
-# ---------------------------------------------------------------------- the embedding
-
-
-def binding_of_embedding(embedding: nn.Embedding, numerics: LayerNumerics) -> Binding:
-    """A look-up of rounded rows."""
-
-    def forward(self: Any, ids: Tensor) -> Tensor:
-        scale = getattr(self, "scalar_embed_scale", None)  # Gemma multiplies what it looks up
-        numerics.calls[numerics.name] += 1
-        if self.weight.requires_grad:
-            rows = nn.functional.embedding(ids, self.weight, self.padding_idx)
-            output = rows + (_restored_rows(rows.detach(), numerics) - rows).detach()
-        else:
-            size = self.weight.numel() + self.weight.shape[0] * numerics.dtype.itemsize
-            if numerics.cache.fits(numerics.name, size):
-                (table,) = numerics.cache.get(
-                    numerics.name, (self.weight,), None, lambda: [_whole(self.weight, numerics)]
-                )
-                assert isinstance(table, Quantised)
-                found = Quantised(table.values[ids], table.scale[ids])
-                output = numerics.numbers.restore(found, numerics.dtype).to(self.weight.dtype)
-            else:
-                output = _restored_rows(nn.functional.embedding(ids, self.weight, self.padding_idx), numerics)
-        return output if scale is None else output * self.embed_scale.to(self.weight.dtype)
-
-    return Binding(embedding, forward)
-
-
-def _restored_rows(rows: Tensor, numerics: LayerNumerics) -> Tensor:
-    """Rows (..., I) rounded: each has its scale, so that those that are looked up are all that needs rounding."""
-    flat = rows.reshape(-1, rows.shape[-1])
-    return numerics.numbers.restore(numerics.quantise(flat), numerics.dtype).to(rows.dtype).reshape(rows.shape)
-
-
-@torch.no_grad()
-def _whole(weight: Tensor, numerics: LayerNumerics) -> Quantised:
-    parts = [numerics.quantise(rows) for rows in weight.split(8192)]  # a step's memory, not the table's in float32
-    return Quantised(
-        torch.cat([part.values.to(torch.int8) for part in parts]), torch.cat([part.scale for part in parts])
-    )

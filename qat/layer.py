@@ -49,6 +49,10 @@ class LayerNumerics:
         """How this layer is computed where `weight` lies."""
         return path_of(self.numbers, weight.device.type, weight.dtype, fused=self.fused)
 
+    def count(self) -> None:
+        """Notes that this layer's forward ran with fake quantisation."""
+        self.calls[self.name] += 1
+
     def layer(self, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, factor: Tensor | None) -> Layer:
         """The layer with these weights."""
         return Layer(weight, lora_a, lora_b, self.scaling, factor, self.group_size, self.dtype)

@@ -67,11 +67,10 @@ class _Linears(torch.autograd.Function):
         projections = _projections(tensors)
         compute = _compute_dtype(x, projections[0].weight)
         path = numerics[0].path(projections[0].weight)
-        with path.exactly(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
             inputs = path.inputs(x.to(compute))
             weights = _weights(path, projections, numerics, compute)
             outputs = _products(path, inputs, _each(weights, projections), projections, compute)
-        _count(numerics)
         _save(ctx, path, (inputs,), projections, weights, numerics)
         ctx.x_dtype, ctx.compute = x.dtype, compute
         return tuple(outputs)
@@ -79,7 +78,7 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (inputs,), projections, weights = _saved(ctx)
-        with ctx.path.exactly(grads[0].device.type):
+        with torch.autocast(grads[0].device.type, enabled=False):
             rows = [_rows(grad.to(ctx.compute)) for grad in grads]
             grad_x = None
             if ctx.needs_input_grad[0]:
@@ -102,7 +101,7 @@ class _SwiGLU(torch.autograd.Function):
         projections = _projections(tensors)
         compute = _compute_dtype(x, projections[0].weight)
         path = numerics[0].path(projections[0].weight)
-        with path.exactly(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
             inputs = path.inputs(x.to(compute))
             weights = _weights(path, projections[:2], numerics[:2], compute)
             if len(weights) == 1:  # one product gives both
@@ -113,7 +112,6 @@ class _SwiGLU(torch.autograd.Function):
             hidden = path.swiglu(*_gate_and_up(halves, projections))
             last = _weights(path, projections[2:], numerics[2:], compute)
             (output,) = _products(path, hidden, last, projections[2:], compute)
-        _count(numerics)
         _save(ctx, path, (inputs, *halves), projections, [*last, *weights], numerics)
         ctx.x_dtype, ctx.compute, ctx.spent = x.dtype, compute, False
         return output
@@ -121,14 +119,17 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.spent:
-            raise RuntimeError("a fake-quantised MLP computes its gradients in place, and only once: no retain_graph")
+            raise RuntimeError(
+                "a fake-quantised MLP computes its gradients in place, once: "
+                "compute the forward pass again instead of backward with retain_graph=True"
+            )
         ctx.spent = True
         path, compute, numerics = ctx.path, ctx.compute, ctx.numerics
         (inputs, *saved), projections, weights = _saved(ctx)
         halves = [half for half in saved if isinstance(half, Tensor)]
         first, last = weights[1:], weights[:1]
         needs = _projections(ctx.needs_input_grad[2:])
-        with path.exactly(grad.device.type):
+        with torch.autocast(grad.device.type, enabled=False):
             rows = [_rows(grad.to(compute))]
             gate, up = _gate_and_up(halves, projections)
             (shipped,) = _restored(path, last, projections[2:], numerics[2:], compute)
@@ -212,11 +213,6 @@ def _gate_and_up(halves: Sequence[Tensor], projections: Sequence[Projection]) ->
     """Views of the one product that gave both, or the two products."""
     gate, up = halves if len(halves) == 2 else halves[0].split(projections[0].weight.shape[0], dim=-1)
     return gate, up
-
-
-def _count(numerics: Sequence[LayerNumerics]) -> None:
-    for layer in numerics:
-        layer.calls[layer.name] += 1
 
 
 # ---------------------------------------------------------------------- what is kept for backward

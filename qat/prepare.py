@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.adapters import active_module, adapter_of, base_linear, merged_of, refuse_adapters, scaling_of
+from qat.adapters import adapter_of, base_linear, merged_of, refuse_adapters, scaling_of
 from qat.cache import WeightCache
-from qat.forwards import Binding, binding_of_embedding, bindings_inside, bindings_outside, is_bound
+from qat.embedding import binding_of_embedding, find_embedding
+from qat.forwards import Binding, bindings_inside, bindings_outside, is_bound
 from qat.layer import LayerNumerics
 from quantize.errors import UserError
 from quantize.layers import Coverage, is_outermost_linear, plain_name, select_layers
@@ -164,37 +165,32 @@ def prepare_qat(
     target = scheme.find_target(target) if isinstance(target, str) else target or next(iter(scheme.targets.values()))
     group_size = scheme.pick_group_size(group_size, target)
     coverage = select_layers(model, scheme, group_size, target)
-    if not coverage.layers:
-        reasons = sorted(set(coverage.skipped.values())) or ["the model has no linear layer"]
-        raise UserError(f"{scheme.name} reaches no layer of this model: {'; '.join(reasons)}")
-    chosen = set(coverage.layers)
-    found = {plain_name(name): module for name, module in model.named_modules() if is_outermost_linear(name, module)}
-    modules = {name: module for name, module in found.items() if name in chosen}
-    refuse_adapters(modules)
-    if any(is_bound(module) for module in modules.values()):
-        raise UserError("this model is prepared already; undo that with remove_qat first")
+    modules = _covered(model, scheme, coverage)
     prepared = Prepared(coverage, placement, mse=ranges == "mse", cache=WeightCache(cache_mib * 2**20))
     size = sum(base_linear(module).weight.nbytes for module in modules.values())
+    common = LayerNumerics(
+        name="",
+        numbers=target.numbers(),
+        group_size=group_size,
+        dtype=dtype or torch.float32,
+        scaling=1.0,
+        calls=prepared.calls,
+        fused=fused,
+        keep=size <= prepared.cache.limit,
+        cache=prepared.cache,
+    )
     for name, module in modules.items():
         weight = base_linear(module).weight
-        numerics = LayerNumerics(
-            name=name,
-            numbers=target.numbers(),
-            group_size=group_size,
-            dtype=dtype or weight.dtype,
-            scaling=scaling_of(module),
-            calls=prepared.calls,
-            fused=fused,
-            keep=size <= prepared.cache.limit,
-            cache=prepared.cache,
-        )
+        numerics = replace(common, name=name, dtype=dtype or weight.dtype, scaling=scaling_of(module))
         if ranges == "mse" or learned_scales:
             numerics = replace(numerics, factor=_factor(weight, numerics, learned_scales))
         prepared.layers[name] = (module, numerics)
     layers = list(prepared.layers.values())
     prepared.bindings = bindings_inside(model, layers) if placement == "inside" else bindings_outside(layers)
     if scheme.embedding is not None:
-        name, embedding, numerics = _embedding(model, scheme.embedding, dtype, prepared)
+        name, embedding = find_embedding(model)
+        numerics = replace(common, name=name, numbers=scheme.embedding.numbers(), group_size=None)
+        numerics = replace(numerics, dtype=dtype or embedding.weight.dtype)
         prepared.layers[name] = (embedding, numerics)
         prepared.bindings.append(binding_of_embedding(embedding, numerics))
     if enabled:
@@ -209,31 +205,20 @@ def remove_qat(prepared: Prepared) -> None:
     prepared.bindings.clear()
 
 
+def _covered(model: nn.Module, scheme: Scheme, coverage: Coverage) -> dict[str, nn.Module]:
+    """Layer name -> module of the covered layers, which must be such that they can be prepared."""
+    if not coverage.layers:
+        reasons = sorted(set(coverage.skipped.values())) or ["the model has no linear layer"]
+        raise UserError(f"{scheme.name} reaches no layer of this model: {'; '.join(reasons)}")
+    chosen = set(coverage.layers)
+    found = {plain_name(name): module for name, module in model.named_modules() if is_outermost_linear(name, module)}
+    modules = {name: module for name, module in found.items() if name in chosen}
+    refuse_adapters(modules)
+    if any(is_bound(module) for module in modules.values()):
+        raise UserError("this model is prepared already; undo that with remove_qat first")
+    return modules
+
+
 def _factor(weight: Tensor, numerics: LayerNumerics, learned: bool) -> Tensor:
     groups = numerics.numbers.quantise(weight[:1], numerics.group_size, numerics.dtype, None).scale.shape[-1]
     return nn.Parameter(torch.ones(weight.shape[0], groups, device=weight.device), requires_grad=learned)
-
-
-def _embedding(
-    model: nn.Module, target: Target, dtype: torch.dtype | None, prepared: Prepared
-) -> tuple[str, nn.Embedding, LayerNumerics]:
-    """(name, module, numerics) of the input embedding. A tied lm_head keeps its own: the two part when they ship."""
-    embedding = active_module(model.get_input_embeddings())  # type: ignore[operator]
-    if hasattr(embedding, "base_layer"):
-        raise UserError("the input embedding has an adapter, which cannot go inside its fake quantiser; leave it out")
-    (name,) = {plain_name(name) for name, module in model.named_modules() if module is embedding}
-    if type(embedding).forward is not nn.Embedding.forward and not hasattr(embedding, "scalar_embed_scale"):
-        raise UserError(
-            f"{name}: a {type(embedding).__name__} computes more than a look-up, which its fake quantiser would leave "
-            "out; choose a scheme that keeps the embedding in 16 bit"
-        )
-    numerics = LayerNumerics(
-        name=name,
-        numbers=target.numbers(),
-        group_size=None,
-        dtype=dtype or embedding.weight.dtype,
-        scaling=1.0,
-        calls=prepared.calls,
-        cache=prepared.cache,
-    )
-    return name, embedding, numerics

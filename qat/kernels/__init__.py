@@ -8,10 +8,9 @@ restored in one read (two where a scale spans a row) and one write, an input in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,89 +54,54 @@ class Layer(NamedTuple):
     dtype: torch.dtype
 
 
-class Path(Protocol):
-    """One way to compute a format."""
+class Path:
+    """How a format is computed: here by the definition of its numbers, step by step, on every device."""
 
-    def exactly(self, device_type: str) -> AbstractContextManager[Any]:
-        """Held around all the others: no autocast of what has a dtype of its own."""
+    def __init__(self, numbers: Numbers) -> None:
+        self.numbers = numbers
 
     def quantise(self, layer: Layer) -> Quantised:
         """The merged weight on the grid that ships."""
+        merged = merged_weight(layer.weight, layer.lora_a, layer.lora_b, layer.scaling)
+        return self.numbers.quantise(merged, layer.group_size, layer.dtype, layer.factor)
 
     def weights(self, layers: Sequence[Layer], compute: torch.dtype) -> list[Tensor | Quantised]:
         """The merged weights as the product takes them: restored (O, I) in `compute`, or on their grid.
 
         One for each of the layers, which share their input, or a single one of all, one below the other.
         """
-
-    def restored_weight(self, weight: Tensor | Quantised, layer_dtype: torch.dtype, compute: torch.dtype) -> Tensor:
-        """What `weights` gave, restored (O, I) for the gradients."""
-
-    def inputs(self, x: Tensor) -> Tensor | Quantised:
-        """The inputs (..., I) as the product takes them: rounded, or on their grid."""
-
-    def restored_inputs(self, inputs: Tensor | Quantised, compute: torch.dtype) -> Tensor:
-        """What `inputs` gave, restored (..., I) for the gradients."""
-
-    def product(self, inputs: Any, weight: Any, bias: Tensor | None, compute: torch.dtype) -> Tensor:
-        """(..., O): the shipped layer's output."""
-
-    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor | Quantised:
-        """`inputs(silu(gate) * up)`."""
-
-    def swiglu_backward_(self, gate: Tensor, up: Tensor, grad: Tensor) -> Tensor | Quantised:
-        """Replaces gate and up by their gradients; returns what `swiglu` gave. `grad` may be overwritten."""
-
-
-class PlainPath:
-    """The definition of the numbers, step by step: every device, every format."""
-
-    def __init__(self, numbers: Numbers) -> None:
-        self.numbers = numbers
-
-    def exactly(self, device_type: str) -> AbstractContextManager[Any]:
-        """See `Path.exactly`."""
-        return torch.autocast(device_type, enabled=False)
-
-    def quantise(self, layer: Layer) -> Quantised:
-        """See `Path.quantise`."""
-        merged = merged_weight(layer.weight, layer.lora_a, layer.lora_b, layer.scaling)
-        return self.numbers.quantise(merged, layer.group_size, layer.dtype, layer.factor)
-
-    def weights(self, layers: Sequence[Layer], compute: torch.dtype) -> list[Tensor | Quantised]:
-        """See `Path.weights`."""
         found: list[Tensor | Quantised] = []
         for layer in layers:
-            quantised = PlainPath.quantise(self, layer)
+            quantised = Path.quantise(self, layer)
             as_it_is = self.numbers.linear is not None
-            found.append(quantised if as_it_is else PlainPath.restored_weight(self, quantised, layer.dtype, compute))
+            found.append(quantised if as_it_is else Path.restored_weight(self, quantised, layer.dtype, compute))
         return found
 
     def restored_weight(self, weight: Tensor | Quantised, layer_dtype: torch.dtype, compute: torch.dtype) -> Tensor:
-        """See `Path.restored_weight`."""
+        """What `weights` gave, restored (O, I) for the gradients."""
         return weight if isinstance(weight, Tensor) else self.numbers.restore(weight, layer_dtype).to(compute)
 
     def inputs(self, x: Tensor) -> Tensor | Quantised:
-        """See `Path.inputs`."""
+        """The inputs (..., I) as the product takes them: rounded, or on their grid."""
         rounding = self.numbers.encode or self.numbers.activation
         return x if rounding is None else rounding(x)
 
     def restored_inputs(self, inputs: Tensor | Quantised, compute: torch.dtype) -> Tensor:
-        """See `Path.restored_inputs`."""
+        """What `inputs` gave, restored (..., I) for the gradients."""
         return inputs if isinstance(inputs, Tensor) else float8.restore_fp8(inputs, compute)
 
     def product(self, inputs: Any, weight: Any, bias: Tensor | None, compute: torch.dtype) -> Tensor:
-        """See `Path.product`."""
+        """(..., O): the shipped layer's output."""
         if self.numbers.linear is not None:
             return self.numbers.linear(inputs, weight, bias, compute)
         return self.numbers.product(inputs, weight, bias)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor | Quantised:
-        """See `Path.swiglu`."""
+        """`inputs(silu(gate) * up)`."""
         return self.inputs(torch.nn.functional.silu(gate) * up)
 
     def swiglu_backward_(self, gate: Tensor, up: Tensor, grad: Tensor) -> Tensor | Quantised:
-        """See `Path.swiglu_backward_`."""
+        """Replaces gate and up by their gradients; returns what `swiglu` gave. `grad` may be overwritten."""
         silu = torch.nn.functional.silu(gate)
         inputs = self.inputs(silu * up)
         to_gate = torch.ops.aten.silu_backward(grad * up, gate)
@@ -146,7 +110,7 @@ class PlainPath:
         return inputs
 
 
-class FusedPath(PlainPath):
+class FusedPath(Path):
     """The same rounding, bit for bit, by Triton's kernels; SiLU's exponential is another implementation.
 
     Attributes:
@@ -194,11 +158,7 @@ class FusedPath(PlainPath):
         """See `Path.restored_weight`."""
         from qat.kernels import inputs as kernels
 
-        if isinstance(weight, Tensor):
-            return weight
-        if not self.rows:
-            return super().restored_weight(weight, layer_dtype, compute)
-        return kernels.restored_rows(weight, layer_dtype).to(compute)
+        return weight if isinstance(weight, Tensor) else kernels.restored_rows(weight, layer_dtype).to(compute)
 
     def inputs(self, x: Tensor) -> Tensor | Quantised:
         """See `Path.inputs`."""
@@ -256,4 +216,4 @@ def path_of(numbers: Numbers, device_type: str, dtype: torch.dtype, *, fused: bo
         needed = (8, 9) if found is not None and found.kind == "fp8" else (8, 0)
         if found is not None and find_spec("triton") and torch.cuda.get_device_capability() >= needed:
             return found
-    return PlainPath(numbers)
+    return Path(numbers)

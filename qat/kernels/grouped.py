@@ -133,7 +133,6 @@ def grouped_weight(
     *,
     bits: int | None,
     out: torch.dtype | None,
-    blocks: Blocks | None = None,
 ) -> Tensor | Quantised:
     """W + s B A of layers that are `alike`, one below the other, on a grid with a scale per group.
 
@@ -151,7 +150,7 @@ def grouped_weight(
     if integers:
         scale = torch.empty(total, columns // group_size, dtype=scale_type, device=weight.device)
         zero = torch.empty_like(scale) if tinygemm else None
-    blocks = fitted(blocks or (TINYGEMM if tinygemm else SYMMETRIC), rows, columns, group_size)
+    blocks = fitted(TINYGEMM if tinygemm else SYMMETRIC, rows, columns, group_size)
     strip = blocks.rows * blocks.steps
     _grouped(
         (-(-columns // blocks.columns), sum(-(-count // strip) for count in rows), 1),

@@ -73,7 +73,7 @@ _rows = Launcher(_rows_kernel)
 ROWS = Blocks(rows=32, columns=128, steps=4, warps=4, stages=3)
 
 
-def row_weight(layers: Sequence[Any], *, values: torch.dtype, blocks: Blocks = ROWS) -> Quantised:
+def row_weight(layers: Sequence[Any], *, values: torch.dtype) -> Quantised:
     """W + s B A of layers that are `alike`, one below the other, on a grid with a float32 scale per row.
 
     Args:
@@ -83,7 +83,7 @@ def row_weight(layers: Sequence[Any], *, values: torch.dtype, blocks: Blocks = R
     tensors, rows = pointers(layers)
     weight, lora_a = layers[0].weight, layers[0].lora_a
     columns, total = weight.shape[1], sum(rows)
-    blocks = fitted(blocks, rows, columns, 1)
+    blocks = fitted(ROWS, rows, columns, 1)
     strip = blocks.rows * blocks.steps
     result = torch.empty(total, columns, dtype=values, device=weight.device)
     scale = torch.empty(total, 1, dtype=torch.float32, device=weight.device)

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a CUDA device"),
 ]
 
-from qat.kernels import FusedPath, Layer, PlainPath, fused_path, merged_weight  # noqa: E402
+from qat.kernels import FusedPath, Layer, Path, fused_path, merged_weight  # noqa: E402
 from quantize import float8, integers  # noqa: E402
 from quantize.numerics import Numbers, Quantised  # noqa: E402
 
@@ -41,10 +41,10 @@ def _hard(seed: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return weight
 
 
-def _paths(numbers: Numbers) -> tuple[FusedPath, PlainPath]:
+def _paths(numbers: Numbers) -> tuple[FusedPath, Path]:
     fused = fused_path(numbers)
     assert fused is not None
-    return fused, PlainPath(numbers)
+    return fused, Path(numbers)
 
 
 def _layer(
