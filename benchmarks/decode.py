@@ -4,9 +4,10 @@
     python benchmarks/decode.py --shape tiny --formats float32 int8-int4 --batches 1 2 --new 4 --prompt 32   # on a CPU
 
 Random weights in the true shape; lm_head and embedding stay in 16 bit, as the schemes ship them. Each format is a
-process of its own, one after the other; the first is measured again at the end, and the ratios are against the mean of
-the two, whose difference bounds what the machine drifted. On a GPU the decoder layers are compiled, with a static
-cache, and a decoding step is one CUDA graph. `SCHEME@TARGET` names a target: `int4@cuda-sm90-mslk`.
+process of its own, one after the other; ratios are against the first, which is measured again at the end: its own ratio
+shows what the machine drifted. On a GPU the decoder layers are compiled, with a cache of
+fixed size, and a decoding step is one CUDA graph. `SCHEME@TARGET` names a target: `int4@cuda-sm90-mslk`; `+eager` after
+a format leaves its layers uncompiled.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 from step_time import SHAPES
 
 CONTEXT = 256
-"""Tokens that lie in the cache when decoding is timed."""
+"""Tokens that a decoding step attends to."""
 
 
 def main() -> int:
@@ -43,19 +44,21 @@ def main() -> int:
     options = parser.parse_args()
     if options.child:
         return _measure(options)
-    formats = [*options.formats, *(options.formats[:1] if len(options.formats) > 1 else [])]
-    runs = [_run(name, options) for name in formats]
-    base = [run for name, run in zip(formats, runs, strict=True) if name == formats[0]]
-    for run in runs:
-        for line in run:
-            key = line["what"], line["batch"]
-            same = [other["ms"] for lines in base for other in lines if (other["what"], other["batch"]) == key]
-            line["x"] = round(statistics.fmean(same) / line["ms"], 3) if same else None
+    again = options.formats[:1] if len(options.formats) > 1 else []
+    base: dict[tuple[str, int], float] = {}
+    complete = True
+    for name in [*options.formats, *again]:
+        lines = _run(name, options)
+        complete &= len(lines) == len(options.batches) + 1
+        base = base or {(line["what"], line["batch"]): line["ms"] for line in lines}
+        for line in lines:
+            reference = base.get((line["what"], line["batch"]))
+            line["x"] = None if reference is None else round(reference / line["ms"], 3)
             print(json.dumps(line), flush=True)
             if options.out is not None:
                 with options.out.open("a") as out:
                     out.write(json.dumps(line) + "\n")
-    return 0 if all(runs) else 1
+    return 0 if complete else 1
 
 
 def _run(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -79,11 +82,12 @@ def _measure(options: argparse.Namespace) -> int:
     import torch
 
     cuda = torch.cuda.is_available()
-    model, weights = _build(options, "cuda" if cuda else "cpu")
+    name, _, eager = options.child.partition("+")
+    model, weights = _build(name, options, "cuda" if cuda else "cpu")
     about = {"format": options.child, "shape": options.shape, "layers": model.config.num_hidden_layers}
     about |= {"weights_gib": round(weights / 2**30, 3), "torch": torch.__version__}
     about["device"] = torch.cuda.get_device_name() if cuda else "cpu"
-    if cuda:
+    if cuda and not eager:
         torch._dynamo.config.recompile_limit = 64
         for layer in model.model.layers:
             layer.compile(dynamic=False)
@@ -105,7 +109,7 @@ def _say(about: dict[str, Any], what: str, batch: int, milliseconds: float) -> N
     print(json.dumps(line | {"peak_gib": None if peak is None else round(peak, 3)}), flush=True)
 
 
-def _build(options: argparse.Namespace, device: str) -> tuple[Any, int]:
+def _build(wanted: str, options: argparse.Namespace, device: str) -> tuple[Any, int]:
     """The model in its format, and the bytes of its weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -114,7 +118,7 @@ def _build(options: argparse.Namespace, device: str) -> tuple[Any, int]:
     from quantize.layers import select_layers
     from quantize.schemes import find_scheme
 
-    name, _, target_name = options.child.partition("@")
+    name, _, target_name = wanted.partition("@")
     dtype = torch.float32 if name == "float32" or device == "cpu" else torch.bfloat16
     shape = SHAPES[options.shape] | ({"num_hidden_layers": options.layers} if options.layers else {})
     config = AutoConfig.for_model("qwen3", max_position_embeddings=40960, rope_theta=1e6, **shape)
@@ -123,8 +127,7 @@ def _build(options: argparse.Namespace, device: str) -> tuple[Any, int]:
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     if name not in ("bf16", "float32"):
         scheme = find_scheme(name)
-        wanted = target_name or next(key for key in scheme.targets if device in key)
-        target = scheme.find_target(wanted)
+        target = scheme.find_target(target_name or next(key for key in scheme.targets if device in key))
         group = scheme.pick_group_size(options.group_size, target)
         quantise_(model, scheme, target, group, select_layers(model, scheme, group, target), None)
     if device == "cuda":
@@ -133,56 +136,75 @@ def _build(options: argparse.Namespace, device: str) -> tuple[Any, int]:
     return model, sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
+class _LayerCache:
+    """The keys and values (B, heads, T, D) of one layer; the newest token takes the last place.
+
+    transformers' static cache tells layers apart by their number, which would compile each layer anew.
+    """
+
+    def __init__(self, batch: int, config: Any, model: Any, last: Any) -> None:
+        shape = batch, config.num_key_value_heads, CONTEXT, config.head_dim
+        self.keys, self.values = (model.lm_head.weight.new_zeros(shape) for _ in range(2))
+        self.last = last
+
+    def update(self, keys: Any, values: Any, layer_idx: int, *rest: Any, **more: Any) -> tuple[Any, Any]:
+        """What a decoder layer calls with the newest token's."""
+        return self.keys.index_copy_(2, self.last, keys), self.values.index_copy_(2, self.last, values)
+
+
+def _logits(model: Any, ids: Any, positions: Any, caches: list[Any]) -> Any:
+    """The last token's. No mask: a new token looks at the whole cache, a prompt causally at itself."""
+    inner = model.model
+    hidden = inner.embed_tokens(ids)
+    angles = inner.rotary_emb(hidden, positions)
+    for layer, cache in zip(inner.layers, caches, strict=True):
+        hidden = layer(hidden, position_ids=positions, past_key_values=cache, position_embeddings=angles)
+    return model.lm_head(inner.norm(hidden[:, -1:]))
+
+
 def _decode(model: Any, batch: int, new: int, cuda: bool) -> float:
-    """Milliseconds a decoding step, one token for each sequence of the batch, behind `CONTEXT` tokens."""
+    """Milliseconds a decoding step: one token for each sequence of the batch, the last of `CONTEXT`."""
     import torch
-    from transformers import StaticCache
 
     config, device = model.config, model.device
-    cache = StaticCache(config=config, max_cache_len=CONTEXT + new + 8)
-    cache.early_initialization(batch, config.num_key_value_heads, config.head_dim, model.dtype, device)
+    last = torch.tensor([CONTEXT - 1], device=device)
+    caches = [_LayerCache(batch, config, model, last) for _ in model.model.layers]
     ids = torch.randint(0, config.vocab_size, (batch, 1), device=device)
 
-    def rewind() -> None:
-        for layer in cache.layers:
-            layer.cumulative_length.fill_(CONTEXT)
-
     def step() -> Any:
-        return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        return _logits(model, ids, last[None], caches)
 
-    rewind()
     if not cuda:
-        return _median(step, new, rewind, cuda)
+        return _median(step, new, cuda)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(side)
-    rewind()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = step()
-    milliseconds = _median(graph.replay, new, rewind, cuda)
+    milliseconds = _median(graph.replay, new, cuda)
     assert bool(kept.isfinite().all()), "a decoding step gave no numbers"
     return milliseconds
 
 
 def _prefill(model: Any, tokens: int, cuda: bool) -> float:
-    """Milliseconds for one prompt, its last logits alone."""
+    """Milliseconds for one prompt of so many tokens, the last one's logits alone."""
     import torch
 
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=model.device)
-    return _median(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1).logits, 1, lambda: None, cuda)
+    positions = torch.arange(tokens, device=model.device)[None]
+    return _median(lambda: _logits(model, ids, positions, [None] * len(model.model.layers)), 1, cuda)
 
 
-def _median(call: Callable[[], Any], calls: int, before: Callable[[], None], cuda: bool, repeats: int = 9) -> float:
+def _median(call: Callable[[], Any], calls: int, cuda: bool, repeats: int = 9) -> float:
     """Median milliseconds a call, of repeats of so many; the first two repeats are not counted."""
     import torch
 
     times = []
     for _ in range(repeats + 2):
-        before()
         if cuda:
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             events[0].record()

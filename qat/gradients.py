@@ -74,10 +74,10 @@ def _to_adapters(
     if not chosen:
         return found
     ranks = [len(projections[index].lora_a) for index in chosen]  # type: ignore[arg-type]
-    all_a = [projections[index].lora_a.to(flat.dtype) for index in chosen]  # type: ignore[union-attr]
-    low_rank = flat @ (all_a[0] if len(all_a) == 1 else torch.cat(all_a)).t()
+    all_a: list[Tensor] = [projections[index].lora_a for index in chosen]  # type: ignore[misc]
+    low_rank = flat @ (all_a[0] if len(all_a) == 1 else torch.cat(all_a)).to(flat.dtype).t()
     to_low_rank = torch.empty_like(low_rank)
-    parts = zip(chosen, low_rank.split(ranks, dim=1), to_low_rank.split(ranks, dim=1), strict=True)
+    parts = zip(chosen, low_rank.split_with_sizes(ranks, 1), to_low_rank.split_with_sizes(ranks, 1), strict=True)
     grads_b: list[Tensor | None] = []
     for index, part, to_part in parts:
         lora_b, scaling = projections[index].lora_b, numerics[index].scaling
@@ -85,7 +85,7 @@ def _to_adapters(
         to_part.addmm_(rows[index], lora_b.to(flat.dtype), beta=0, alpha=scaling)
         grad_b = torch.empty_like(lora_b, dtype=flat.dtype)
         grads_b.append(grad_b.addmm_(rows[index].t(), part, beta=0, alpha=scaling) if needs[index].lora_b else None)
-    grads_a = (to_low_rank.t() @ flat).split(ranks)
+    grads_a = (to_low_rank.t() @ flat).split_with_sizes(ranks)
     for index, grad_a, found_b in zip(chosen, grads_a, grads_b, strict=True):
         found[index] = grad_a if needs[index].lora_a else None, found_b  # autograd casts to their parameter's dtype
     return found

@@ -49,7 +49,6 @@ def fp8_per_row(values: Tensor) -> Tensor:
     return restore_fp8(quantise_fp8(values), values.dtype)
 
 
-@torch.no_grad()
 def linear_fp8(inputs: Quantised, weight: Quantised, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The product of `Float8Tensor` with torch's kernel: float8 operands, both scales after the sum, one rounding.
 

@@ -120,69 +120,60 @@ class FusedPath(Path):
     """
 
     def __init__(self, numbers: Numbers, *, bits: int | None = None, rows: bool = False, kind: str = "none") -> None:
+        from qat.kernels import grouped, inputs, merged  # here, as Triton is not everywhere
+        from qat.kernels import rows as row_kernels
+
         super().__init__(numbers)
         self.bits, self.rows, self.kind = bits, rows, kind
+        self._alike, self._inputs = merged.alike, inputs
+        self._grouped_weight, self._row_weight = grouped.grouped_weight, row_kernels.row_weight
 
     def quantise(self, layer: Layer) -> Quantised:
         """See `Path.quantise`."""
-        from qat.kernels.grouped import grouped_weight
-        from qat.kernels.rows import row_weight
-
+        kind = self._alike([layer])
+        assert kind is not None
         if self.rows:
-            return row_weight([layer], values=self._stored())
+            return self._row_weight([layer], kind, values=self._stored())
         if layer.group_size is None:
             return super().quantise(layer)
-        quantised = grouped_weight([layer], layer.group_size, layer.dtype, bits=self.bits, out=None)
+        quantised = self._grouped_weight([layer], kind, layer.group_size, layer.dtype, bits=self.bits, out=None)
         assert isinstance(quantised, Quantised)
         return quantised
 
     def weights(self, layers: Sequence[Layer], compute: torch.dtype) -> list[Tensor | Quantised]:
         """See `Path.weights`."""
-        from qat.kernels.grouped import grouped_weight
-        from qat.kernels.merged import alike
-        from qat.kernels.rows import row_weight
-
-        if not alike(layers):
+        kind = self._alike(layers)
+        if kind is None:
             return [self.weights([layer], compute)[0] for layer in layers]
         if self.rows:
-            return [row_weight(layers, values=compute if self.kind == "none" else self._stored())]
+            return [self._row_weight(layers, kind, values=compute if self.kind == "none" else self._stored())]
         group, dtype = layers[0].group_size, layers[0].dtype
         if group is None:
             return super().weights(layers, compute)
-        return [grouped_weight(layers, group, dtype, bits=self.bits, out=compute)]
+        return [self._grouped_weight(layers, kind, group, dtype, bits=self.bits, out=compute)]
 
     def _stored(self) -> torch.dtype:
         return torch.float8_e4m3fn if self.kind == "fp8" else torch.int8
 
     def restored_weight(self, weight: Tensor | Quantised, layer_dtype: torch.dtype, compute: torch.dtype) -> Tensor:
         """See `Path.restored_weight`."""
-        from qat.kernels import inputs as kernels
-
-        return weight if isinstance(weight, Tensor) else kernels.restored_rows(weight, layer_dtype).to(compute)
+        return weight if isinstance(weight, Tensor) else self._inputs.restored_rows(weight, layer_dtype).to(compute)
 
     def inputs(self, x: Tensor) -> Tensor | Quantised:
         """See `Path.inputs`."""
-        from qat.kernels import inputs as kernels
-
-        return kernels.rounded(x, self.kind)
+        return self._inputs.rounded(x, self.kind)
 
     def restored_inputs(self, inputs: Tensor | Quantised, compute: torch.dtype) -> Tensor:
         """See `Path.restored_inputs`."""
-        from qat.kernels import inputs as kernels
-
-        return inputs if isinstance(inputs, Tensor) else kernels.restored_rows(inputs, compute)
+        return inputs if isinstance(inputs, Tensor) else self._inputs.restored_rows(inputs, compute)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor | Quantised:
         """See `Path.swiglu`."""
-        from qat.kernels import inputs as kernels
-
-        return kernels.swiglu(gate, up, self.kind)
+        return self._inputs.swiglu(gate, up, self.kind)
 
     def swiglu_backward_(self, gate: Tensor, up: Tensor, grad: Tensor) -> Tensor | Quantised:
         """See `Path.swiglu_backward_`."""
-        from qat.kernels import inputs as kernels
-
-        return kernels.swiglu_backward_(gate, up, grad, self.kind)
+        return self._inputs.swiglu_backward_(gate, up, grad, self.kind)
 
 
 @cache
@@ -210,10 +201,9 @@ def path_of(numbers: Numbers, device_type: str, dtype: torch.dtype, *, fused: bo
     Args:
         fused: False asks for the definition itself.
     """
-    if fused and device_type == "cuda" and dtype in (torch.bfloat16, torch.float32):
+    if fused and device_type == "cuda" and dtype in (torch.bfloat16, torch.float32) and find_spec("triton"):
         found = fused_path(numbers)
-        # bf16 is Ampere's, float8 Ada's. Triton is not everywhere.
-        needed = (8, 9) if found is not None and found.kind == "fp8" else (8, 0)
-        if found is not None and find_spec("triton") and torch.cuda.get_device_capability() >= needed:
+        needed = (8, 9) if found is not None and found.kind == "fp8" else (8, 0)  # bf16 is Ampere's, float8 Ada's
+        if found is not None and torch.cuda.get_device_capability() >= needed:
             return found
     return Path(numbers)

@@ -75,23 +75,26 @@ def divided(x, by: tl.constexpr, RECIPROCAL: tl.constexpr):
 
 @triton.jit
 def quotient(x, divisor, EXACT: tl.constexpr):
-    """x / divisor, correctly rounded, for quotients far from overflow; the divisor broadcasts.
+    """x / divisor, correctly rounded, for quotients far from overflow and underflow; the divisor broadcasts.
 
     With the correctly rounded inverse two fused steps give the rounded quotient (Markstein 1990, "Computation of
-    elementary functions on the IBM RISC System/6000 processor"), in a third of the instructions of a division, which
-    has to look at every operand. Where the divisors of a tile are far from 1 it divides.
+    elementary functions on the IBM RISC System/6000 processor"), in half of the instructions of a division, which has
+    to look at every operand. Both are first multiplied by the power of two that brings the divisor near to 1, which
+    changes no bit of the quotient and keeps what is in between from the ends of float32's range.
     """
     if EXACT:
         result = tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
     else:
-        usual = (divisor > 1e-25) & (divisor < 1e25)
-        if tl.min(tl.ravel(usual.to(tl.int32)), 0) == 1:
-            inverse = tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)
-            result = x * inverse
-            result = tl.fma(tl.fma(-result, divisor, x), inverse, result)
-            result = tl.fma(tl.fma(-result, divisor, x), inverse, result)
-        else:
-            result = tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
+        exponent = divisor.to(tl.int32, bitcast=True) & 0x7F800000
+        power = (0x7F000000 - tl.minimum(exponent, 0x7E000000)).to(tl.float32, bitcast=True)
+        scaled = divisor * power
+        infinite = tl.abs(scaled) == float("inf")
+        inverse = tl.where(infinite, 0.0, tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), scaled))
+        scaled = tl.where(infinite, 0.0, scaled)  # so that x / inf is 0, and inf / inf is NaN
+        x = x * power
+        result = x * inverse
+        result = tl.fma(tl.fma(-result, scaled, x), inverse, result)
+        result = tl.fma(tl.fma(-result, scaled, x), inverse, result)
     return result
 
 

@@ -7,6 +7,7 @@ writes, with `INTEGERS`, the grid that ships: one sum, one rounding.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return,name-defined,valid-type,misc"
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,8 +16,20 @@ import triton.language as tl
 from torch import Tensor
 
 from qat.kernels.arithmetic import at_least, clamped, divided, greatest, least, nearest, quotient, to_bf16, to_dtype
-from qat.kernels.launch import Launcher
-from qat.kernels.merged import Blocks, fitted, layer_of, merged_tile, pick, pick_rows, pointers, rank_of, tile_of_a
+from qat.kernels.launch import Launcher, Plan
+from qat.kernels.merged import (
+    Blocks,
+    Kind,
+    fitted,
+    layer_of,
+    merged_tile,
+    pick,
+    pick_rows,
+    rank_of,
+    rows_of,
+    tensors_of,
+    tile_of_a,
+)
 from quantize.numerics import Quantised
 
 
@@ -128,6 +141,7 @@ TINYGEMM = Blocks(rows=32, columns=128, steps=2, warps=4, stages=2)
 
 def grouped_weight(
     layers: Sequence[Any],
+    kind: Kind,
     group_size: int,
     scale_dtype: torch.dtype,
     *,
@@ -138,27 +152,34 @@ def grouped_weight(
 
     Args:
         layers: their weights (O, I) are bf16 or float32; the adapters too, or None for W alone.
+        kind: what `alike` found.
         bits: width of symmetric integers; None = tinygemm's int4.
         out: dtype of the restored weights (sum of O, I) to return; None returns the integers and scales.
     """
-    tensors, rows = pointers(layers)
-    weight, lora_a = layers[0].weight, layers[0].lora_a
-    columns, total, tinygemm, integers = weight.shape[1], sum(rows), bits is None, out is None
-    result = torch.empty(total, columns, dtype=torch.int8 if out is None else out, device=weight.device)
-    scale_type = torch.bfloat16 if tinygemm else scale_dtype
+    columns, total, device = kind.columns, sum(kind.rows), layers[0].weight.device
+    result = torch.empty(total, columns, dtype=torch.int8 if out is None else out, device=device)
     scale = zero = None
-    if integers:
-        scale = torch.empty(total, columns // group_size, dtype=scale_type, device=weight.device)
-        zero = torch.empty_like(scale) if tinygemm else None
-    blocks = fitted(TINYGEMM if tinygemm else SYMMETRIC, rows, columns, group_size)
-    strip = blocks.rows * blocks.steps
-    _grouped(
-        (-(-columns // blocks.columns), sum(-(-count // strip) for count in rows), 1),
-        (*tensors, result, scale, zero, layers[0].scaling, *rows, columns),
-        len(layers), group_size, *rank_of(lora_a), blocks.rows, blocks.columns, blocks.steps, blocks.stages, tinygemm,
-        0.0 if bits is None else -(2.0 ** (bits - 1)), 15.0 if bits is None else 2.0 ** (bits - 1) - 1,
-        lora_a is not None, layers[0].factor is not None, integers,
-        lora_a is None and weight.dtype == torch.bfloat16, scale_type == torch.bfloat16, out == torch.bfloat16,
-        num_warps=blocks.warps,
-    )  # fmt: skip
+    if out is None:
+        dtype = torch.bfloat16 if bits is None else scale_dtype
+        scale = torch.empty(total, columns // group_size, dtype=dtype, device=device)
+        zero = torch.empty_like(scale) if bits is None else None
+    plan = _plan(kind, group_size, scale_dtype, bits, out)
+    _grouped(plan, (*tensors_of(layers), result, scale, zero), layers[0].scaling)
     return result if scale is None else Quantised(result, scale, zero)
+
+
+@cache
+def _plan(kind: Kind, group_size: int, scale_dtype: torch.dtype, bits: int | None, out: torch.dtype | None) -> Plan:
+    blocks = fitted(TINYGEMM if bits is None else SYMMETRIC, kind, group_size)
+    strip = blocks.rows * blocks.steps
+    low, high = (0.0, 15.0) if bits is None else (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
+    return Plan(
+        grid=(-(-kind.columns // blocks.columns), sum(-(-count // strip) for count in kind.rows), 1),
+        numbers=(*rows_of(kind), kind.columns),
+        constants=(
+            len(kind.rows), group_size, *rank_of(kind), blocks.rows, blocks.columns, blocks.steps, blocks.stages,
+            bits is None, low, high, kind.rank > 0, kind.dtypes[3] is not None, out is None, kind.weight_bf16,
+            bits is None or scale_dtype == torch.bfloat16, out == torch.bfloat16,
+        ),
+        warps=blocks.warps,
+    )  # fmt: skip

@@ -8,6 +8,8 @@ Shapes: `N` tokens, `I` in_features.
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return,name-defined,valid-type,misc"
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,7 @@ from qat.kernels.arithmetic import (
     to_dtype,
     to_float8,
 )
-from qat.kernels.launch import Launcher, next_power_of_2
+from qat.kernels.launch import Launcher, Plan, next_power_of_2
 from quantize.numerics import Quantised
 
 KINDS = {"none": 0, "int8": 1, "fp8": 2}
@@ -117,16 +119,20 @@ def _launch(
     x: Tensor, up: Tensor | None, grad: Tensor | None, kind: str, out: Tensor, scale: Tensor | None
 ) -> Tensor | Quantised:
     columns = x.shape[-1]
-    block = next_power_of_2(columns)
     # Of halves of one tensor; the stride of a dimension of size 1 says nothing, hence the rows' after flattening.
     stride = columns if up is None else x.reshape(-1, columns).stride(0)
-    _tokens(
-        (x.numel() // columns, 1, 1), (x, up, grad, out, scale),
-        columns, stride, block, KINDS[kind], up is not None, grad is not None,
-        x.dtype == torch.bfloat16,
-        num_warps=min(16, max(1, block // 512)),
-    )  # fmt: skip
+    plan = _tokens_plan(columns, stride, kind, x.dtype, up is not None, None if grad is None else grad.dtype, out.dtype)
+    _tokens(plan, (x, up, grad, out, scale), grid=(x.numel() // columns, 1, 1))
     return out if scale is None else Quantised(out, scale)
+
+
+@cache
+def _tokens_plan(
+    columns: int, stride: int, kind: str, dtype: torch.dtype, swiglu: bool, grad: torch.dtype | None, out: torch.dtype
+) -> Plan:
+    block = next_power_of_2(columns)
+    constants = columns, stride, block, KINDS[kind], swiglu, grad is not None, dtype == torch.bfloat16
+    return Plan(grid=None, numbers=(), constants=constants, warps=min(16, max(1, block // 512)))
 
 
 def _room(x: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
@@ -160,9 +166,12 @@ def restored_rows(encoded: Quantised, dtype: torch.dtype) -> Tensor:
     values = encoded.values
     columns = values.shape[-1]
     out = torch.empty_like(values, dtype=dtype)
-    block = min(2048, next_power_of_2(columns))
-    _restore(
-        (values.numel() // columns, -(-columns // block), 1), (values, encoded.scale, out),
-        columns, block, dtype == torch.bfloat16, num_warps=4,
-    )  # fmt: skip
+    plan = _restore_plan(columns, values.dtype, encoded.scale.dtype, dtype)
+    _restore(plan, (values, encoded.scale, out), grid=(values.numel() // columns, -(-columns // plan.constants[1]), 1))
     return out
+
+
+@cache
+def _restore_plan(columns: int, values: torch.dtype, scale: torch.dtype, dtype: torch.dtype) -> Plan:
+    block = min(2048, next_power_of_2(columns))
+    return Plan(grid=None, numbers=(), constants=(columns, block, dtype == torch.bfloat16), warps=4)

@@ -9,8 +9,9 @@ Shapes: W (O, I), A (R, I), B (O, R), factors (O, G); all contiguous.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -105,39 +106,70 @@ class Blocks:
     stages: int = 1
 
 
-def fitted(blocks: Blocks, rows: Sequence[int], columns: int, group_size: int) -> Blocks:
+class Kind(NamedTuple):
+    """What the launches of layers depend on, beyond the numbers in their tensors.
+
+    Attributes:
+        rows: out_features of each layer.
+        columns: in_features.
+        rank: of the adapter; 0 = none.
+        dtypes: of the weight, A, B and the factors.
+    """
+
+    rows: tuple[int, ...]
+    columns: int
+    rank: int
+    dtypes: tuple[torch.dtype | None, ...]
+
+    @property
+    def weight_bf16(self) -> bool:
+        """Whether what is rounded is a bf16 weight itself, and not a float32 sum."""
+        return self.rank == 0 and self.dtypes[0] == torch.bfloat16
+
+
+def alike(layers: Sequence[Any]) -> Kind | None:
+    """The kind of layers that one launch takes: their weights and adapters differ in out_features alone. Else None."""
+    first = _kind(layers[0])
+    for layer in layers[1:]:
+        if layer.scaling != layers[0].scaling or _kind(layer) != first:
+            return None
+    return Kind(tuple([layer.weight.shape[0] for layer in layers]), *first) if len(layers) <= MOST else None
+
+
+def _kind(layer: Any) -> tuple[int, int, tuple[torch.dtype | None, ...]]:
+    weight, lora_a, lora_b, factor = layer.weight, layer.lora_a, layer.lora_b, layer.factor
+    dtypes = (
+        weight.dtype, None if lora_a is None else lora_a.dtype, None if lora_b is None else lora_b.dtype,
+        None if factor is None else factor.dtype,
+    )  # fmt: skip
+    return weight.shape[1], 0 if lora_a is None else lora_a.shape[0], dtypes
+
+
+def tensors_of(layers: Sequence[Any]) -> list[Tensor | None]:
+    """The weights, A, B and factors of layers that are `alike`: three of each, contiguous."""
+    found: list[Tensor | None] = []
+    for index in (0, 1, 2, 4):
+        parts = [layer[index] for layer in layers]
+        parts = [part if part is None or part.is_contiguous() else part.contiguous() for part in parts]
+        found += parts + parts[:1] * (MOST - len(parts))
+    return found
+
+
+def rows_of(kind: Kind) -> tuple[int, ...]:
+    """The rows of each layer, as many as a kernel takes."""
+    return kind.rows + (0,) * (MOST - len(kind.rows))
+
+
+def fitted(blocks: Blocks, kind: Kind, group_size: int) -> Blocks:
     """With columns that hold a group, and so few steps that a small weight still gives work to the whole GPU."""
     if group_size > blocks.columns:
         blocks = replace(blocks, rows=max(16, blocks.rows * blocks.columns // group_size), columns=group_size)
-    tiles = -(-sum(rows) // blocks.rows) * -(-columns // blocks.columns)
+    tiles = -(-sum(kind.rows) // blocks.rows) * -(-kind.columns // blocks.columns)
     most = max(1, tiles // 256)
     return replace(blocks, steps=min(blocks.steps, 1 << (most.bit_length() - 1)))
 
 
-def alike(layers: Sequence[Any]) -> bool:
-    """Whether one launch takes these layers: their weights and adapters differ in out_features alone."""
-
-    def kind(layer: Any) -> Any:
-        parts = (layer.weight, layer.lora_a, layer.lora_b, layer.factor)
-        return (
-            layer.scaling, layer.weight.shape[1], None if layer.lora_a is None else layer.lora_a.shape[0],
-            [None if part is None else part.dtype for part in parts],
-        )  # fmt: skip
-
-    return len(layers) <= MOST and all(kind(layer) == kind(layers[0]) for layer in layers[1:])
-
-
-def pointers(layers: Sequence[Any]) -> tuple[list[Tensor | None], list[int]]:
-    """(the tensors of the layers by kind, three of each, and their rows), contiguous."""
-    tensors: list[Tensor | None] = []
-    for parts in zip(*((layer[0], layer[1], layer[2], layer[4]) for layer in layers), strict=True):
-        found = [part if part is None or part.is_contiguous() else part.contiguous() for part in parts]
-        tensors += found + [found[0]] * (MOST - len(found))
-    rows = [layer.weight.shape[0] for layer in layers]
-    return tensors, rows + [0] * (MOST - len(rows))
-
-
-def rank_of(lora_a: Tensor | None) -> tuple[int, int]:
+def rank_of(kind: Kind) -> tuple[int, int]:
     """(rank, its block: a power of two from 16, which tensor cores need, to 64)."""
-    rank = 1 if lora_a is None else lora_a.shape[0]
+    rank = max(1, kind.rank)
     return rank, min(max(16, next_power_of_2(rank)), 64)

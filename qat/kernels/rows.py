@@ -1,11 +1,13 @@
 """The merged weight on a grid with a scale per row, by the steps of `quantize.integers` and `quantize.float8`.
 
-The row's extreme has to be known before its first value: W is read twice, from the cache where it fits.
+The row's extreme has to be known before its first value: a program goes over its rows twice, and finds what it read
+before in the cache where that is large enough.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return,name-defined,valid-type,misc"
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,88 +15,111 @@ import triton
 import triton.language as tl
 
 from qat.kernels.arithmetic import at_least, clamped, divided, magnitude_bits, nearest, quotient, to_dtype, to_float8
-from qat.kernels.launch import Launcher
-from qat.kernels.merged import Blocks, fitted, layer_of, merged_tile, pick, pick_rows, pointers, rank_of, tile_of_a
+from qat.kernels.launch import Launcher, Plan
+from qat.kernels.merged import (
+    Blocks,
+    Kind,
+    layer_of,
+    merged_tile,
+    pick,
+    pick_rows,
+    rank_of,
+    rows_of,
+    tensors_of,
+    tile_of_a,
+)
 from quantize.numerics import Quantised
 
 
 @triton.jit
 def _rows_kernel(
-    w_0, w_1, w_2, a_0, a_1, a_2, b_0, b_1, b_2, factor_0, factor_1, factor_2, extreme_ptr, out_ptr, scale_ptr,
-    scaling, rows_0, rows_1, rows_2, columns,
-    COUNT: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    STEPS: tl.constexpr, STAGES: tl.constexpr, EXTREMES: tl.constexpr, FLOAT8: tl.constexpr, ADAPTER: tl.constexpr,
-    FACTOR: tl.constexpr, WEIGHT_BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr,
+    w_0, w_1, w_2, a_0, a_1, a_2, b_0, b_1, b_2, factor_0, factor_1, factor_2, out_ptr, scale_ptr,
+    scaling, rows_0, rows_1, rows_2,
+    columns: tl.constexpr, COUNT: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr, FLOAT8: tl.constexpr, ADAPTER: tl.constexpr, FACTOR: tl.constexpr,
+    WEIGHT_BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
-    """One scale a row: with `EXTREMES` finds the bits of the rows' largest magnitudes, else writes the values."""
-    index = layer_of(tl.program_id(1), rows_0, rows_1, BM * STEPS, COUNT)
-    rows, before, strips = pick_rows(index, rows_0, rows_1, rows_2, BM * STEPS)
+    """`BM` rows: once over their columns for the largest magnitudes, once for the values."""
+    index = layer_of(tl.program_id(0), rows_0, rows_1, BM, COUNT)
+    rows, before, strips = pick_rows(index, rows_0, rows_1, rows_2, BM)
     w_ptr = pick(index, w_0, w_1, w_2, COUNT)
-    column_ids = tl.program_id(0) * BN + tl.arange(0, BN)
-    a_ptr, b_ptr, first_a = w_ptr, w_ptr, column_ids
+    a_ptr, b_ptr = w_ptr, w_ptr
     if ADAPTER:
         a_ptr, b_ptr = pick(index, a_0, a_1, a_2, COUNT), pick(index, b_0, b_1, b_2, COUNT)
-        first_a = tile_of_a(a_ptr, columns, column_ids, 0, RANK, RANK_BLOCK)
-    for step in tl.range(0, STEPS, num_stages=STAGES):
-        row_ids = ((tl.program_id(1) - strips) * STEPS + step) * BM + tl.arange(0, BM)
-        row_inside = row_ids < rows
+    row_ids = (tl.program_id(0) - strips) * BM + tl.arange(0, BM)
+    row_inside = row_ids < rows
+    out_rows = row_ids + before
+    largest_bits = tl.zeros([BM], tl.int32)
+    for start in tl.range(0, columns, BN, num_stages=STAGES):
+        column_ids = start + tl.arange(0, BN)
+        first_a = column_ids
+        if ADAPTER:
+            first_a = tile_of_a(a_ptr, columns, column_ids, 0, RANK, RANK_BLOCK)
         merged = merged_tile(
             w_ptr, a_ptr, b_ptr, scaling, rows, row_ids, columns, column_ids, first_a, RANK, RANK_BLOCK, ADAPTER
         )
-        out_rows = row_ids + before
-        if EXTREMES:
-            tl.atomic_max(extreme_ptr + out_rows, tl.max(magnitude_bits(merged), 1), mask=row_inside, sem="relaxed")
+        largest_bits = tl.maximum(largest_bits, tl.max(magnitude_bits(merged), 1))
+    largest = largest_bits.to(tl.float32, bitcast=True)
+    factor = largest
+    if FACTOR:
+        factor_ptr = pick(index, factor_0, factor_1, factor_2, COUNT)
+        factor = tl.load(factor_ptr + row_ids, mask=row_inside, other=1.0).to(tl.float32)
+    if FLOAT8:  # `quantise_fp8`
+        scale = to_dtype(divided(largest, 448.0, RECIPROCAL), WEIGHT_BF16, EXACT)
+        if FACTOR:
+            scale = scale * factor
+        divisor = tl.where(scale == 0.0, 1.0, scale)
+    else:  # `quantise_int8_rows`
+        scale = to_dtype(divided(largest, 127.5, RECIPROCAL), WEIGHT_BF16, EXACT)
+        if FACTOR:
+            scale = to_dtype(scale * to_dtype(factor, WEIGHT_BF16, EXACT), WEIGHT_BF16, EXACT)
+        scale = at_least(scale, 1.1920928955078125e-07)
+        divisor = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    tl.store(scale_ptr + out_rows, scale, mask=row_inside)
+    for start in tl.range(0, columns, BN, num_stages=STAGES):
+        column_ids = start + tl.arange(0, BN)
+        first_a = column_ids
+        if ADAPTER:
+            first_a = tile_of_a(a_ptr, columns, column_ids, 0, RANK, RANK_BLOCK)
+        merged = merged_tile(
+            w_ptr, a_ptr, b_ptr, scaling, rows, row_ids, columns, column_ids, first_a, RANK, RANK_BLOCK, ADAPTER
+        )
+        if FLOAT8:
+            values = to_float8(clamped(quotient(merged, divisor[:, None], EXACT), -448.0, 448.0), EXACT)
         else:
-            largest = tl.load(extreme_ptr + out_rows, mask=row_inside, other=0).to(tl.float32, bitcast=True)
-            factor = largest
-            if FACTOR:
-                factor_ptr = pick(index, factor_0, factor_1, factor_2, COUNT)
-                factor = tl.load(factor_ptr + row_ids, mask=row_inside, other=1.0).to(tl.float32)
-            if FLOAT8:  # `quantise_fp8`
-                scale = to_dtype(divided(largest, 448.0, RECIPROCAL), WEIGHT_BF16, EXACT)
-                if FACTOR:
-                    scale = scale * factor
-                divisor = tl.where(scale == 0.0, 1.0, scale)
-                values = to_float8(clamped(quotient(merged, divisor[:, None], EXACT), -448.0, 448.0), EXACT)
-            else:  # `quantise_int8_rows`
-                scale = to_dtype(divided(largest, 127.5, RECIPROCAL), WEIGHT_BF16, EXACT)
-                if FACTOR:
-                    scale = to_dtype(scale * to_dtype(factor, WEIGHT_BF16, EXACT), WEIGHT_BF16, EXACT)
-                scale = at_least(scale, 1.1920928955078125e-07)
-                inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-                values = clamped(nearest(merged * inverse[:, None]), -128.0, 127.0)
-            tl.store(scale_ptr + out_rows, scale, mask=row_inside & (tl.program_id(0) == 0))
-            inside = row_inside[:, None] & (column_ids < columns)[None, :]
-            offsets = out_rows.to(tl.int64)[:, None] * columns + column_ids[None, :]
-            tl.store(out_ptr + offsets, values.to(out_ptr.dtype.element_ty), mask=inside)
+            values = clamped(nearest(merged * divisor[:, None]), -128.0, 127.0)
+        inside = row_inside[:, None] & (column_ids < columns)[None, :]
+        offsets = out_rows.to(tl.int64)[:, None] * columns + column_ids[None, :]
+        tl.store(out_ptr + offsets, values.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 _rows = Launcher(_rows_kernel)
-ROWS = Blocks(rows=32, columns=128, steps=4, warps=4, stages=3)
+ROWS = Blocks(rows=16, columns=256, steps=1, warps=4, stages=3)
 
 
-def row_weight(layers: Sequence[Any], *, values: torch.dtype) -> Quantised:
+def row_weight(layers: Sequence[Any], kind: Kind, *, values: torch.dtype) -> Quantised:
     """W + s B A of layers that are `alike`, one below the other, on a grid with a float32 scale per row.
 
     Args:
         layers: as for `grouped_weight`.
+        kind: what `alike` found.
         values: float8_e4m3fn for `quantise_fp8`; the dtype that holds the integers of `quantise_int8_rows`.
     """
-    tensors, rows = pointers(layers)
-    weight, lora_a = layers[0].weight, layers[0].lora_a
-    columns, total = weight.shape[1], sum(rows)
-    blocks = fitted(ROWS, rows, columns, 1)
-    strip = blocks.rows * blocks.steps
-    result = torch.empty(total, columns, dtype=values, device=weight.device)
-    scale = torch.empty(total, 1, dtype=torch.float32, device=weight.device)
-    extremes = torch.zeros(total, dtype=torch.int32, device=weight.device)
-    grid = (-(-columns // blocks.columns), sum(-(-count // strip) for count in rows), 1)
-    for finds_extremes in (True, False):
-        _rows(
-            grid, (*tensors, extremes, result, scale, layers[0].scaling, *rows, columns),
-            len(layers), *rank_of(lora_a), blocks.rows, blocks.columns, blocks.steps, blocks.stages, finds_extremes,
-            values == torch.float8_e4m3fn, lora_a is not None, layers[0].factor is not None,
-            lora_a is None and weight.dtype == torch.bfloat16,
-            num_warps=blocks.warps,
-        )  # fmt: skip
+    total, device = sum(kind.rows), layers[0].weight.device
+    result = torch.empty(total, kind.columns, dtype=values, device=device)
+    scale = torch.empty(total, 1, dtype=torch.float32, device=device)
+    _rows(_plan(kind, values), (*tensors_of(layers), result, scale), layers[0].scaling)
     return Quantised(result, scale)
+
+
+@cache
+def _plan(kind: Kind, values: torch.dtype) -> Plan:
+    return Plan(
+        grid=(sum(-(-count // ROWS.rows) for count in kind.rows), 1, 1),
+        numbers=rows_of(kind),
+        constants=(
+            kind.columns, len(kind.rows), *rank_of(kind), ROWS.rows, ROWS.columns, ROWS.stages,
+            values == torch.float8_e4m3fn, kind.rank > 0, kind.dtypes[3] is not None, kind.weight_bf16,
+        ),
+        warps=ROWS.warps,
+    )  # fmt: skip
