@@ -74,12 +74,13 @@ def divided(x, by: tl.constexpr, RECIPROCAL: tl.constexpr):
 
 
 @triton.jit
-def quotient(x, divisor, EXACT: tl.constexpr):
+def quotient(x, divisor, SHORT: tl.constexpr, EXACT: tl.constexpr):
     """x / divisor, correctly rounded, for quotients far from overflow and underflow; the divisor broadcasts.
 
     With the correctly rounded inverse two fused steps give the rounded quotient (Markstein 1990, "Computation of
     elementary functions on the IBM RISC System/6000 processor"), in half of the instructions of a division, which has
-    to look at every operand. Both are first multiplied by the power of two that brings the divisor near to 1, which
+    to look at every operand. One step is enough where the divisor is `SHORT`, a bf16 number: its quotients stay further
+    away from the middle between two float32 numbers than the step is wrong. Both are first multiplied by the power of two that brings the divisor near to 1, which
     changes no bit of the quotient and keeps what is in between from the ends of float32's range.
     """
     if EXACT:
@@ -94,7 +95,8 @@ def quotient(x, divisor, EXACT: tl.constexpr):
         x = x * power
         result = x * inverse
         result = tl.fma(tl.fma(-result, scaled, x), inverse, result)
-        result = tl.fma(tl.fma(-result, scaled, x), inverse, result)
+        if not SHORT:
+            result = tl.fma(tl.fma(-result, scaled, x), inverse, result)
     return result
 
 

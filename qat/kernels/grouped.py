@@ -56,7 +56,7 @@ def _symmetric_group(
 def _tinygemm_group(
     grouped, factor, FACTOR: tl.constexpr, WEIGHT_BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr
 ):
-    """(BM, groups, G) -> integers of that shape, scale and zero (BM, groups): `quantise_tinygemm`."""
+    """(BM, groups, G) -> integers less 8 of that shape, scale and zero (BM, groups): `quantise_tinygemm`."""
     low, high = least(grouped, 2, EXACT), greatest(grouped, 2, EXACT)
     if FACTOR:
         factor = to_dtype(factor, WEIGHT_BF16, EXACT)
@@ -71,8 +71,9 @@ def _tinygemm_group(
     zero = to_bf16(low + eight, EXACT)
     smallest = to_dtype(zero - eight, WEIGHT_BF16, EXACT)
     above = to_dtype(grouped - smallest[:, :, None], WEIGHT_BF16, EXACT)
-    steps = to_dtype(quotient(above, scale[:, :, None], EXACT), WEIGHT_BF16, EXACT)
-    return clamped(nearest(steps), 0.0, 15.0), scale, zero
+    steps = to_dtype(quotient(above, scale[:, :, None], True, EXACT), WEIGHT_BF16, EXACT)
+    # As in `nearest`: next to 1.5 * 2**23 a float32 holds no fractions.
+    return clamped(steps + 12582912.0, 12582912.0, 12582927.0) - 12582920.0, scale, zero
 
 
 @triton.jit
@@ -112,8 +113,9 @@ def _grouped_kernel(
             factor = tl.load(factor_ptr + factor_offsets, mask=group_inside, other=1.0).to(tl.float32)
         if TINYGEMM:
             values, scale, zero = _tinygemm_group(grouped, factor, FACTOR, WEIGHT_BF16, EXACT, RECIPROCAL)
-            product = (values - 8.0) * scale[:, :, None]  # exact, so that a fused sum would be the same
-            restored = to_bf16(product + zero[:, :, None], EXACT)
+            # The product is exact, so that the fused sum is the same as the separate one.
+            restored = to_bf16(tl.fma(values, tl.broadcast_to(scale[:, :, None], values.shape),
+                                      tl.broadcast_to(zero[:, :, None], values.shape)), EXACT)  # fmt: skip
         else:
             values, scale = _symmetric_group(
                 grouped, factor, FACTOR, LOW, HIGH, SCALE_BF16, WEIGHT_BF16, EXACT, RECIPROCAL
@@ -123,7 +125,7 @@ def _grouped_kernel(
         out_rows = (row_ids + before).to(tl.int64)[:, None]
         offsets = out_rows * columns + column_ids[None, :]
         if INTEGERS:
-            written = tl.reshape(values, (BM, BN))
+            written = tl.reshape(values + 8.0 if TINYGEMM else values, (BM, BN))
             tl.store(out_ptr + offsets, written.to(out_ptr.dtype.element_ty), mask=inside)
             group_offsets = out_rows * all_groups + group_ids[None, :]
             tl.store(scale_ptr + group_offsets, scale.to(scale_ptr.dtype.element_ty), mask=group_inside)
@@ -136,7 +138,7 @@ def _grouped_kernel(
 
 _grouped = Launcher(_grouped_kernel)
 SYMMETRIC = Blocks(rows=64, columns=64, steps=8, warps=4, stages=3)
-TINYGEMM = Blocks(rows=32, columns=128, steps=2, warps=4, stages=2)
+TINYGEMM = Blocks(rows=32, columns=128, steps=4, warps=4, stages=3)
 
 
 def grouped_weight(

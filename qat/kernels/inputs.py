@@ -55,7 +55,7 @@ def _fp8_token(x, BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.conste
     largest = tl.zeros([1], tl.float32) + greatest(tl.abs(x), 0, EXACT)
     scale = to_dtype(divided(largest, 448.0, RECIPROCAL), BF16, EXACT)
     divisor = tl.where(scale == 0.0, 1.0, scale)
-    steps = quotient(x, divisor, EXACT)
+    steps = quotient(x, divisor, BF16, EXACT)
     return to_float8(clamped(steps, -448.0, 448.0), EXACT), scale
 
 

@@ -49,7 +49,8 @@ def _rows_kernel(
     row_ids = (tl.program_id(0) - strips) * BM + tl.arange(0, BM)
     row_inside = row_ids < rows
     out_rows = row_ids + before
-    largest_bits = tl.zeros([BM], tl.int32)
+    # One for each place in a tile: the rows' are found at the end, as finding them makes all warps wait for each other.
+    largest_bits = tl.zeros([BM, BN], tl.int32)
     for start in tl.range(0, columns, BN, num_stages=STAGES):
         column_ids = start + tl.arange(0, BN)
         first_a = column_ids
@@ -58,8 +59,8 @@ def _rows_kernel(
         merged = merged_tile(
             w_ptr, a_ptr, b_ptr, scaling, rows, row_ids, columns, column_ids, first_a, RANK, RANK_BLOCK, ADAPTER
         )
-        largest_bits = tl.maximum(largest_bits, tl.max(magnitude_bits(merged), 1))
-    largest = largest_bits.to(tl.float32, bitcast=True)
+        largest_bits = tl.maximum(largest_bits, magnitude_bits(merged))
+    largest = tl.max(largest_bits, 1).to(tl.float32, bitcast=True)
     factor = largest
     if FACTOR:
         factor_ptr = pick(index, factor_0, factor_1, factor_2, COUNT)
@@ -85,7 +86,9 @@ def _rows_kernel(
             w_ptr, a_ptr, b_ptr, scaling, rows, row_ids, columns, column_ids, first_a, RANK, RANK_BLOCK, ADAPTER
         )
         if FLOAT8:
-            values = to_float8(clamped(quotient(merged, divisor[:, None], EXACT), -448.0, 448.0), EXACT)
+            values = to_float8(
+                clamped(quotient(merged, divisor[:, None], WEIGHT_BF16 and not FACTOR, EXACT), -448.0, 448.0), EXACT
+            )
         else:
             values = clamped(nearest(merged * divisor[:, None]), -128.0, 127.0)
         inside = row_inside[:, None] & (column_ids < columns)[None, :]
@@ -94,7 +97,9 @@ def _rows_kernel(
 
 
 _rows = Launcher(_rows_kernel)
-ROWS = Blocks(rows=16, columns=256, steps=1, warps=4, stages=3)
+LARGE = Blocks(rows=32, columns=128, steps=1, warps=4, stages=3)
+SMALL = Blocks(rows=16, columns=128, steps=1, warps=4, stages=4)
+"""For weights of few rows, which would leave a part of the GPU without work."""
 
 
 def row_weight(layers: Sequence[Any], kind: Kind, *, values: torch.dtype) -> Quantised:
@@ -114,12 +119,13 @@ def row_weight(layers: Sequence[Any], kind: Kind, *, values: torch.dtype) -> Qua
 
 @cache
 def _plan(kind: Kind, values: torch.dtype) -> Plan:
+    blocks = LARGE if sum(kind.rows) >= 256 * LARGE.rows else SMALL
     return Plan(
-        grid=(sum(-(-count // ROWS.rows) for count in kind.rows), 1, 1),
+        grid=(sum(-(-count // blocks.rows) for count in kind.rows), 1, 1),
         numbers=rows_of(kind),
         constants=(
-            kind.columns, len(kind.rows), *rank_of(kind), ROWS.rows, ROWS.columns, ROWS.stages,
+            kind.columns, len(kind.rows), *rank_of(kind), blocks.rows, blocks.columns, blocks.stages,
             values == torch.float8_e4m3fn, kind.rank > 0, kind.dtypes[3] is not None, kind.weight_bf16,
         ),
-        warps=ROWS.warps,
+        warps=blocks.warps,
     )  # fmt: skip
