@@ -5,9 +5,9 @@
 
 Random weights in the true shape; lm_head and embedding stay in 16 bit, as the schemes ship them. Each format is a
 process of its own, one after the other; ratios are against the first, which is measured again at the end: its own ratio
-shows what the machine drifted. On a GPU the decoder layers are compiled, with a cache of
-fixed size, and a decoding step is one CUDA graph. `SCHEME@TARGET` names a target: `int4@cuda-sm90-mslk`; `+eager` after
-a format leaves its layers uncompiled.
+shows what the machine drifted. On a GPU the decoder layers are compiled, the cache has a fixed size, and a decoding
+step, or the prefill of a prompt, is one CUDA graph. `SCHEME@TARGET` names a target: `int4@cuda-sm90-mslk`; `+eager`
+after a format leaves its layers uncompiled.
 """
 
 from __future__ import annotations
@@ -171,23 +171,7 @@ def _decode(model: Any, batch: int, new: int, cuda: bool) -> float:
     caches = [_LayerCache(batch, config, model, last) for _ in model.model.layers]
     ids = torch.randint(0, config.vocab_size, (batch, 1), device=device)
 
-    def step() -> Any:
-        return _logits(model, ids, last[None], caches)
-
-    if not cuda:
-        return _median(step, new, cuda)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = step()
-    milliseconds = _median(graph.replay, new, cuda)
-    assert bool(kept.isfinite().all()), "a decoding step gave no numbers"
-    return milliseconds
+    return _median(lambda: _logits(model, ids, last[None], caches), new, cuda)
 
 
 def _prefill(model: Any, tokens: int, cuda: bool) -> float:
@@ -199,11 +183,30 @@ def _prefill(model: Any, tokens: int, cuda: bool) -> float:
     return _median(lambda: _logits(model, ids, positions, [None] * len(model.model.layers)), 1, cuda)
 
 
+def _graph(step: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
+    """(what replays a step without the CPU, its output)."""
+    import torch
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+    return graph.replay, output
+
+
 def _median(call: Callable[[], Any], calls: int, cuda: bool, repeats: int = 9) -> float:
     """Median milliseconds a call, of repeats of so many; the first two repeats are not counted."""
     import torch
 
     times = []
+    output = None
+    if cuda:
+        call, output = _graph(call)
     for _ in range(repeats + 2):
         if cuda:
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -217,6 +220,7 @@ def _median(call: Callable[[], Any], calls: int, cuda: bool, repeats: int = 9) -
             times.append(events[0].elapsed_time(events[1]) / calls)
         else:
             times.append(1000 * (time.perf_counter() - began) / calls)
+    assert output is None or bool(output.isfinite().all()), "a step gave no numbers"
     return statistics.median(times[2:])
 
 

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="quantize", description="Formats and conversion of ongrid.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="{schemes,convert}")
-    verbs.add_parser("schemes", help="print the formats: bits, groups, where they run, what is missing here")
+    verbs.add_parser("schemes", help="print the formats: bits, groups, where they run, how fast, what is missing here")
     convert = verbs.add_parser("convert", help="quantise a run's merged weights, or any checkpoint folder")
     convert.add_argument("source", metavar="RUN_OR_FOLDER", help="run directory or name, or a transformers folder")
     convert.add_argument("--scheme", help="format of a plain folder; a run knows its own")
@@ -65,6 +65,7 @@ def _schemes() -> None:
         for target in scheme.targets.values():
             missing = missing_for(target)
             print(f"  {target.name}: {'runs here' if not missing else 'missing here: ' + '; '.join(missing)}")
+            print(f"    speed: {target.speed or 'not measured'}")
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from quantize.arms import (
 )
 from quantize.document import Block, Code, Curve, Heading, Items, Paragraph, Table, to_html, to_markdown
 from quantize.metrics import ARMS, build_metrics, flatten, unexplained
+from quantize.schemes import SCHEMES
 
 __all__ = [
     "ArmRow",
@@ -216,7 +217,17 @@ def _gap_section(metrics: Metrics) -> Iterator[Block]:
     lines.append(f"bits per weight as stored: {known}")
     if metrics["size"]["memory_mib"] is not None:
         lines.append(f"weights in memory: {format_size(metrics['size']['memory_mib'])} MiB")
+    lines += _speed(metrics)
     yield Items(lines)
+
+
+def _speed(metrics: Metrics) -> list[str]:
+    """What the format's speed on its target is known to be; of the format, not of this run."""
+    scheme = SCHEMES.get(metrics["scheme"])
+    target = scheme.targets.get(metrics["target"]) if scheme is not None else None
+    if target is None:
+        return []
+    return [f"decoding with {metrics['scheme']} on {target.name}: {target.speed or 'speed not measured'}"]
 
 
 def _coverage_section(metrics: Metrics) -> Iterator[Block]:

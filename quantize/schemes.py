@@ -113,6 +113,31 @@ def _fp8_target(name: str, numbers: str, kernel: str, **options: Any) -> Target:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How fast a target generates against bf16 on one H100: bf16's time over its own.
+
+    Measured by `benchmarks/decode.py`; the lines are in docs/decode.jsonl.
+    """
+
+    shape: str
+    """The model's."""
+    decode: tuple[tuple[int, float], ...]
+    """(sequences at a time, ratio of a decoding step)."""
+    prefill: float | None = None
+    """Ratio for one prompt of 4,096 tokens; None = not measured."""
+
+    def __str__(self) -> str:
+        """One line: for which batch sizes it pays."""
+        parts = []
+        for word, low, high in (("faster than", 1.05, 1e9), ("as fast as", 0.95, 1.05), ("slower than", 0.0, 0.95)):
+            found = [f"{batch} ({ratio:.2f}x)" for batch, ratio in self.decode if low <= ratio < high]
+            if found:
+                parts.append(f"{word} bf16 at batch {', '.join(found)}")
+        prefill = "" if self.prefill is None else f", prefill {self.prefill:.2f}x"
+        return f"{'; '.join(parts)}{prefill} ({self.shape} on one H100)"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """One place the weights can run, their layout there, and the numbers of that layout."""
 
@@ -138,6 +163,8 @@ class Target:
     """Largest |real - simulated| / |real| of a layer's outputs (Euclidean norms); 0 = equal to the last bit."""
     max_gap_nats: float = 0.0
     """Largest |trained - shipped| loss in nats a token; 0 = equal to the last bit."""
+    speed: Speed | None = None
+    """None = not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,10 +230,11 @@ def _cpu_and_cuda(
     config: Callable[[int | None], AOBaseConfig],
     numbers: Callable[[], Numbers],
     tensor: Callable[[Quantised, torch.dtype], Any],
+    speed: Speed | None = None,
 ) -> Mapping[str, Target]:
     return _named(
         Target(name="cpu", config=config, numbers=numbers, tensor=tensor),
-        Target(name="cuda", config=config, numbers=numbers, tensor=tensor, needs=("cuda>=7.0",)),
+        Target(name="cuda", config=config, numbers=numbers, tensor=tensor, needs=("cuda>=7.0",), speed=speed),
     )
 
 
@@ -251,6 +279,7 @@ _ALL = (
                 # Measured: 0.0001 to 0.0009 over 2,400 samples, 0.006 over 64 (docs/RESULTS.md): a last bit here and
                 # there is noise whose mean shrinks with the samples, and a run may have few.
                 max_gap_nats=0.01,
+                speed=Speed(shape="Qwen3-8B", decode=((1, 1.91), (8, 1.14), (64, 0.24), (256, 0.10)), prefill=None),
             ),
             # The others are asked for by name: --qat int4 on a laptop is meant for a server, and without mslk at that.
             Target(
@@ -284,9 +313,14 @@ _ALL = (
     ),
     Scheme(
         name="int8",
-        summary="int8 weights only (per row): nearly free of loss, half the memory of 16 bit, not faster in torch",
+        summary="int8 weights only (per row): nearly free of loss, half the memory of 16 bit, slower in torch",
         bits=8,
-        targets=_cpu_and_cuda(_int8_config, _numbers("integers", "INT8_ROWS"), _tensor("int8_tensor")),
+        targets=_cpu_and_cuda(
+            _int8_config,
+            _numbers("integers", "INT8_ROWS"),
+            _tensor("int8_tensor"),
+            Speed(shape="Qwen3-4B", decode=((1, 0.11), (8, 0.05), (64, 0.01))),
+        ),
         group_size=None,
     ),
     Scheme(
@@ -295,7 +329,13 @@ _ALL = (
         bits=8,
         targets=_named(
             # On a GPU that has it, training multiplies with the shipped kernel itself: equal bits for equal shapes.
-            _fp8_target("cuda-sm89", "FP8", "TORCH", needs=("cuda>=8.9",)),
+            _fp8_target(
+                "cuda-sm89",
+                "FP8",
+                "TORCH",
+                needs=("cuda>=8.9",),
+                speed=Speed(shape="Qwen3-4B", decode=((1, 1.00), (8, 1.01), (64, 1.00), (256, 1.01))),
+            ),
             # Faster, with numbers of its own.
             _fp8_target(
                 "cuda-sm90-mslk",
@@ -303,6 +343,7 @@ _ALL = (
                 "MSLK",
                 needs=("cuda>=9.0", "mslk"),
                 by_request=True,
+                speed=Speed(shape="Qwen3-8B", decode=((1, 1.32), (8, 1.29), (64, 1.23), (256, 1.10))),
             ),
         ),
         group_size=None,

@@ -80,8 +80,9 @@ def quotient(x, divisor, SHORT: tl.constexpr, EXACT: tl.constexpr):
     With the correctly rounded inverse two fused steps give the rounded quotient (Markstein 1990, "Computation of
     elementary functions on the IBM RISC System/6000 processor"), in half of the instructions of a division, which has
     to look at every operand. One step is enough where the divisor is `SHORT`, a bf16 number: its quotients stay further
-    away from the middle between two float32 numbers than the step is wrong. Both are first multiplied by the power of two that brings the divisor near to 1, which
-    changes no bit of the quotient and keeps what is in between from the ends of float32's range.
+    away from the middle between two float32 numbers than the step is wrong. Both operands are first multiplied by the
+    power of two that brings the divisor near to 1, which changes no bit of the quotient and keeps what is in between
+    from the ends of float32's range.
     """
     if EXACT:
         result = tl.div_rn(x, tl.broadcast_to(divisor, x.shape))

@@ -16,6 +16,7 @@ from quantize.arms import format_difference, format_points
 from quantize.errors import UserError
 from quantize.metrics import ARMS, SIZES, build_metrics, flatten, unexplained
 from quantize.report import ReportContext, arm_rows, render_html, render_markdown, verdict
+from quantize.schemes import SCHEMES
 
 CONTRACT = [
     *(f"{arm}.{key}" for arm in ARMS for key in ("loss", "accuracy", "perplexity", "vs_base.loss.value", "simulated")),
@@ -257,6 +258,14 @@ def test_a_simulated_report_ends_with_the_finishing_command() -> None:
     assert "a GPU of compute capability 8.9" in text
     assert "this run, as shipped (simulated)" in text
     assert "What is missing" not in render_markdown(build(), ReportContext(run="demo"))
+
+
+def test_the_report_says_for_which_batches_the_format_pays() -> None:
+    known = SCHEMES["int4"].targets["cuda-sm80"].speed
+    text = render_markdown(build(scheme="int4", target="cuda-sm80"), ReportContext(run="x"))
+    assert f"decoding with int4 on cuda-sm80: {known}" in text
+    assert "decoding with int8-int4 on cpu: speed not measured" in render_markdown(build(), ReportContext(run="x"))
+    assert "decoding with" not in render_markdown(nothing(), ReportContext(run="x"))
 
 
 def test_almost_everything_is_not_everything() -> None:
