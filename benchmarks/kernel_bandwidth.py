@@ -29,6 +29,8 @@ FORMATS = {
     "int4 tinygemm g128": (integers.TINYGEMM, 128),
     "fp8 rows": (float8.FP8, None),
     "int8 rows": (integers.INT8_ROWS, None),
+    "int4 mslk g128": (integers.INT4_MSLK, 128),
+    "fp8 mslk rows": (float8.FP8_MSLK, None),
 }
 
 

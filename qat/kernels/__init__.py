@@ -114,17 +114,20 @@ class FusedPath(Path):
     """The same rounding, bit for bit, by Triton's kernels; SiLU's exponential is another implementation.
 
     Attributes:
-        bits: width of symmetric integers per group; None = tinygemm's int4.
+        bits: width of symmetric integers per group; None = asymmetric int4.
         rows: one scale a row, multiplied after the sum, in place of groups.
-        kind: how inputs are rounded: "none", "int8", "fp8".
+        kind: how inputs are rounded: "none", "int8", "fp8", "fp8-mslk".
+        mslk: weights are rounded as mslk does.
     """
 
-    def __init__(self, numbers: Numbers, *, bits: int | None = None, rows: bool = False, kind: str = "none") -> None:
+    def __init__(
+        self, numbers: Numbers, *, bits: int | None = None, rows: bool = False, kind: str = "none", mslk: bool = False
+    ) -> None:
         from qat.kernels import grouped, inputs, merged  # here, as Triton is not everywhere
         from qat.kernels import rows as row_kernels
 
         super().__init__(numbers)
-        self.bits, self.rows, self.kind = bits, rows, kind
+        self.bits, self.rows, self.kind, self.mslk = bits, rows, kind, mslk
         self._alike, self._inputs = merged.alike, inputs
         self._grouped_weight, self._row_weight = grouped.grouped_weight, row_kernels.row_weight
 
@@ -133,10 +136,12 @@ class FusedPath(Path):
         kind = self._alike([layer])
         assert kind is not None
         if self.rows:
-            return self._row_weight([layer], kind, values=self._stored())
+            return self._row_weight([layer], kind, values=self._stored(), mslk=self.mslk)
         if layer.group_size is None:
             return super().quantise(layer)
-        quantised = self._grouped_weight([layer], kind, layer.group_size, layer.dtype, bits=self.bits, out=None)
+        quantised = self._grouped_weight(
+            [layer], kind, layer.group_size, layer.dtype, bits=self.bits, out=None, mslk=self.mslk
+        )
         assert isinstance(quantised, Quantised)
         return quantised
 
@@ -146,14 +151,15 @@ class FusedPath(Path):
         if kind is None:
             return [self.weights([layer], compute)[0] for layer in layers]
         if self.rows:
-            return [self._row_weight(layers, kind, values=compute if self.kind == "none" else self._stored())]
+            values = compute if self.kind == "none" else self._stored()
+            return [self._row_weight(layers, kind, values=values, mslk=self.mslk)]
         group, dtype = layers[0].group_size, layers[0].dtype
         if group is None:
             return super().weights(layers, compute)
-        return [self._grouped_weight(layers, kind, group, dtype, bits=self.bits, out=compute)]
+        return [self._grouped_weight(layers, kind, group, dtype, bits=self.bits, out=compute, mslk=self.mslk)]
 
     def _stored(self) -> torch.dtype:
-        return torch.float8_e4m3fn if self.kind == "fp8" else torch.int8
+        return torch.float8_e4m3fn if self.kind.startswith("fp8") else torch.int8
 
     def restored_weight(self, weight: Tensor | Quantised, layer_dtype: torch.dtype, compute: torch.dtype) -> Tensor:
         """See `Path.restored_weight`."""
@@ -191,6 +197,10 @@ def fused_path(numbers: Numbers) -> FusedPath | None:
         return FusedPath(numbers, rows=True)
     if numbers is float8.FP8:
         return FusedPath(numbers, rows=True, kind="fp8")
+    if numbers is integers.INT4_MSLK:
+        return FusedPath(numbers, mslk=True)
+    if numbers is float8.FP8_MSLK:
+        return FusedPath(numbers, rows=True, kind="fp8-mslk", mslk=True)
     return None
 
 
@@ -203,7 +213,9 @@ def path_of(numbers: Numbers, device_type: str, dtype: torch.dtype, *, fused: bo
     """
     if fused and device_type == "cuda" and dtype in (torch.bfloat16, torch.float32) and find_spec("triton"):
         found = fused_path(numbers)
-        needed = (8, 9) if found is not None and found.kind == "fp8" else (8, 0)  # bf16 is Ampere's, float8 Ada's
+        needed = (
+            (8, 9) if found is not None and found.kind.startswith("fp8") else (8, 0)
+        )  # bf16 is Ampere's, float8 Ada's
         if found is not None and torch.cuda.get_device_capability() >= needed:
             return found
     return Path(numbers)

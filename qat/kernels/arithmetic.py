@@ -102,6 +102,15 @@ def quotient(x, divisor, SHORT: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
+def fp8_scale(largest, MSLK: tl.constexpr, BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr):
+    """The scale of numbers up to `largest`: `quantise_fp8`, of numbers in bf16 or not; `quantise_fp8_mslk`."""
+    if MSLK:
+        largest = at_least(largest, 0.001953125)
+        return tl.div_rn(largest, tl.full(largest.shape, 448.0, tl.float32))
+    return to_dtype(divided(largest, 448.0, RECIPROCAL), BF16, EXACT)
+
+
+@triton.jit
 def upper(x):
     """The leading 11 bits of each number's fraction: what tf32 holds."""
     return (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)

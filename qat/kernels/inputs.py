@@ -19,6 +19,7 @@ from qat.kernels.arithmetic import (
     at_least,
     clamped,
     divided,
+    fp8_scale,
     greatest,
     least,
     nearest,
@@ -29,8 +30,8 @@ from qat.kernels.arithmetic import (
 from qat.kernels.launch import Launcher, Plan, next_power_of_2
 from quantize.numerics import Quantised
 
-KINDS = {"none": 0, "int8": 1, "fp8": 2}
-"""How inputs are rounded: not at all, as `int8_asymmetric_per_token`, as `quantise_fp8`."""
+KINDS = {"none": 0, "int8": 1, "fp8": 2, "fp8-mslk": 3}
+"""How inputs are rounded: not at all, as `int8_asymmetric_per_token`, `quantise_fp8` or `quantise_fp8_mslk`."""
 
 
 @triton.jit
@@ -50,12 +51,12 @@ def _int8_token(x, BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.const
 
 
 @triton.jit
-def _fp8_token(x, BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr):
-    """(values, scale (1,)) of one row: `quantise_fp8`."""
+def _fp8_token(x, MSLK: tl.constexpr, BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr):
+    """(values, scale (1,)) of one row: `quantise_fp8`, `quantise_fp8_mslk`."""
     largest = tl.zeros([1], tl.float32) + greatest(tl.abs(x), 0, EXACT)
-    scale = to_dtype(divided(largest, 448.0, RECIPROCAL), BF16, EXACT)
+    scale = fp8_scale(largest, MSLK, BF16, EXACT, RECIPROCAL)
     divisor = tl.where(scale == 0.0, 1.0, scale)
-    steps = quotient(x, divisor, BF16, EXACT)
+    steps = quotient(x, divisor, BF16 and not MSLK, EXACT)
     return to_float8(clamped(steps, -448.0, 448.0), EXACT), scale
 
 
@@ -92,8 +93,8 @@ def _tokens_kernel(
             tl.store(up_ptr + strided, to_up.to(up_ptr.dtype.element_ty), mask=inside)
     if KIND == 1:
         x = _int8_token(x, BF16, EXACT, RECIPROCAL)
-    if KIND == 2:
-        x, scale = _fp8_token(x, BF16, EXACT, RECIPROCAL)
+    if KIND >= 2:
+        x, scale = _fp8_token(x, KIND == 3, BF16, EXACT, RECIPROCAL)
         tl.store(scale_ptr + tl.program_id(0) + tl.arange(0, 1), scale)
     tl.store(out_ptr + offsets, x.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -136,14 +137,14 @@ def _tokens_plan(
 
 
 def _room(x: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
-    if kind != "fp8":
+    if not kind.startswith("fp8"):
         return torch.empty(x.shape, dtype=x.dtype, device=x.device), None
     scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
     return torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device), scale
 
 
 def rounded(x: Tensor, kind: str) -> Tensor | Quantised:
-    """Inputs (..., I) on their grid: restored for "int8", values and scale for "fp8", x itself for "none"."""
+    """Inputs (..., I) on their grid: restored for "int8", values and scale for float8, x itself for "none"."""
     if kind == "none":
         return x
     x = x.contiguous()
@@ -157,7 +158,7 @@ def swiglu(gate: Tensor, up: Tensor, kind: str) -> Tensor | Quantised:
 
 def swiglu_backward_(gate: Tensor, up: Tensor, grad: Tensor, kind: str) -> Tensor | Quantised:
     """Replaces gate and up by their gradients; returns what `swiglu` gave. Overwrites `grad` where it has the room."""
-    out, scale = (grad, None) if kind != "fp8" else _room(gate, kind)
+    out, scale = (grad, None) if not kind.startswith("fp8") else _room(gate, kind)
     return _launch(gate, up, grad, kind, out, scale)
 
 

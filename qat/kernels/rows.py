@@ -14,7 +14,17 @@ import torch
 import triton
 import triton.language as tl
 
-from qat.kernels.arithmetic import at_least, clamped, divided, magnitude_bits, nearest, quotient, to_dtype, to_float8
+from qat.kernels.arithmetic import (
+    at_least,
+    clamped,
+    divided,
+    fp8_scale,
+    magnitude_bits,
+    nearest,
+    quotient,
+    to_dtype,
+    to_float8,
+)
 from qat.kernels.launch import Launcher, Plan
 from qat.kernels.merged import (
     Blocks,
@@ -36,8 +46,8 @@ def _rows_kernel(
     w_0, w_1, w_2, a_0, a_1, a_2, b_0, b_1, b_2, factor_0, factor_1, factor_2, out_ptr, scale_ptr,
     scaling, rows_0, rows_1, rows_2,
     columns: tl.constexpr, COUNT: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, STAGES: tl.constexpr, FLOAT8: tl.constexpr, ADAPTER: tl.constexpr, FACTOR: tl.constexpr,
-    WEIGHT_BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr, FLOAT8: tl.constexpr, MSLK: tl.constexpr, ADAPTER: tl.constexpr,
+    FACTOR: tl.constexpr, WEIGHT_BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
     """`BM` rows: once over their columns for the largest magnitudes, once for the values."""
     index = layer_of(tl.program_id(0), rows_0, rows_1, BM, COUNT)
@@ -65,8 +75,8 @@ def _rows_kernel(
     if FACTOR:
         factor_ptr = pick(index, factor_0, factor_1, factor_2, COUNT)
         factor = tl.load(factor_ptr + row_ids, mask=row_inside, other=1.0).to(tl.float32)
-    if FLOAT8:  # `quantise_fp8`
-        scale = to_dtype(divided(largest, 448.0, RECIPROCAL), WEIGHT_BF16, EXACT)
+    if FLOAT8:
+        scale = fp8_scale(largest, MSLK, WEIGHT_BF16, EXACT, RECIPROCAL)
         if FACTOR:
             scale = scale * factor
         divisor = tl.where(scale == 0.0, 1.0, scale)
@@ -87,7 +97,10 @@ def _rows_kernel(
         )
         if FLOAT8:
             values = to_float8(
-                clamped(quotient(merged, divisor[:, None], WEIGHT_BF16 and not FACTOR, EXACT), -448.0, 448.0), EXACT
+                clamped(
+                    quotient(merged, divisor[:, None], WEIGHT_BF16 and not FACTOR and not MSLK, EXACT), -448.0, 448.0
+                ),
+                EXACT,
             )
         else:
             values = clamped(nearest(merged * divisor[:, None]), -128.0, 127.0)
@@ -102,30 +115,31 @@ SMALL = Blocks(rows=16, columns=128, steps=1, warps=4, stages=4)
 """For weights of few rows, which would leave a part of the GPU without work."""
 
 
-def row_weight(layers: Sequence[Any], kind: Kind, *, values: torch.dtype) -> Quantised:
+def row_weight(layers: Sequence[Any], kind: Kind, *, values: torch.dtype, mslk: bool = False) -> Quantised:
     """W + s B A of layers that are `alike`, one below the other, on a grid with a float32 scale per row.
 
     Args:
         layers: as for `grouped_weight`.
         kind: what `alike` found.
         values: float8_e4m3fn for `quantise_fp8`; the dtype that holds the integers of `quantise_int8_rows`.
+        mslk: `quantise_fp8_mslk` in place of `quantise_fp8`.
     """
     total, device = sum(kind.rows), layers[0].weight.device
     result = torch.empty(total, kind.columns, dtype=values, device=device)
     scale = torch.empty(total, 1, dtype=torch.float32, device=device)
-    _rows(_plan(kind, values), (*tensors_of(layers), result, scale), layers[0].scaling)
+    _rows(_plan(kind, values, mslk), (*tensors_of(layers), result, scale), layers[0].scaling)
     return Quantised(result, scale)
 
 
 @cache
-def _plan(kind: Kind, values: torch.dtype) -> Plan:
+def _plan(kind: Kind, values: torch.dtype, mslk: bool) -> Plan:
     blocks = LARGE if sum(kind.rows) >= 256 * LARGE.rows else SMALL
     return Plan(
         grid=(sum(-(-count // blocks.rows) for count in kind.rows), 1, 1),
         numbers=rows_of(kind),
         constants=(
             kind.columns, len(kind.rows), *rank_of(kind), blocks.rows, blocks.columns, blocks.stages,
-            values == torch.float8_e4m3fn, kind.rank > 0, kind.dtypes[3] is not None, kind.weight_bf16,
+            values == torch.float8_e4m3fn, mslk, kind.rank > 0, kind.dtypes[3] is not None, kind.weight_bf16,
         ),
         warps=blocks.warps,
     )  # fmt: skip

@@ -28,9 +28,9 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.bfloat16)
 GROUPED = {
     "int2": integers.INT2, "int3": integers.INT3, "int4": integers.INT4, "int8": integers.INT8,
-    "int8-int4": integers.INT8_INT4, "tinygemm": integers.TINYGEMM,
+    "int8-int4": integers.INT8_INT4, "tinygemm": integers.TINYGEMM, "int4-mslk": integers.INT4_MSLK,
 }  # fmt: skip
-ROWS = {"int8-rows": integers.INT8_ROWS, "fp8": float8.FP8}
+ROWS = {"int8-rows": integers.INT8_ROWS, "fp8": float8.FP8, "fp8-mslk": float8.FP8_MSLK}
 FORMATS = [*((name, group) for name in GROUPED for group in (32, 128)), *((name, None) for name in ROWS)]
 
 
@@ -168,7 +168,7 @@ def _hard_tokens(dtype: torch.dtype, columns: int) -> Tensor:
     return tokens.to(DEVICE)
 
 
-@pytest.mark.parametrize("numbers", [integers.INT8_INT4, float8.FP8], ids=["int8", "fp8"])
+@pytest.mark.parametrize("numbers", [integers.INT8_INT4, float8.FP8, float8.FP8_MSLK], ids=["int8", "fp8", "fp8-mslk"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [64, 576, 1000])
 def test_inputs(numbers: Numbers, dtype: torch.dtype, columns: int) -> None:
@@ -185,7 +185,9 @@ def test_inputs(numbers: Numbers, dtype: torch.dtype, columns: int) -> None:
                  plain.restored_inputs(plain.inputs(x[:60]), dtype))  # fmt: skip
 
 
-@pytest.mark.parametrize("numbers", [integers.INT8_INT4, float8.FP8, integers.INT4], ids=["int8", "fp8", "none"])
+@pytest.mark.parametrize(
+    "numbers", [integers.INT8_INT4, float8.FP8, float8.FP8_MSLK, integers.INT4], ids=["int8", "fp8", "fp8-mslk", "none"]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_swiglu_and_its_gradient(numbers: Numbers, dtype: torch.dtype) -> None:
     fused, plain = _paths(numbers)
