@@ -45,9 +45,9 @@ class LayerNumerics:
     keep: bool = True
     cache: WeightCache = field(default_factory=lambda: WeightCache(limit=0))
 
-    def path(self, weight: Tensor) -> Path:
-        """How this layer is computed where `weight` lies."""
-        return path_of(self.numbers, weight.device.type, weight.dtype, fused=self.fused)
+    def path(self, weight: Tensor, compute: torch.dtype) -> Path:
+        """How this layer is computed in `compute` where `weight` lies."""
+        return path_of(self.numbers, weight.device.type, weight.dtype, compute, fused=self.fused)
 
     def count(self) -> None:
         """Notes that this layer's forward ran with fake quantisation."""
@@ -61,7 +61,7 @@ class LayerNumerics:
     def quantise(self, weight: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None = None) -> Quantised:
         """W + s B A (O, I) on the grid that ships."""
         with torch.autocast(weight.device.type, enabled=False):
-            return self.path(weight).quantise(self.layer(weight, lora_a, lora_b, self.factor))
+            return self.path(weight, weight.dtype).quantise(self.layer(weight, lora_a, lora_b, self.factor))
 
 
 class Projection(NamedTuple):

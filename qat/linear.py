@@ -66,7 +66,7 @@ class _Linears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         projections = _projections(tensors)
         compute = _compute_dtype(x, projections[0].weight)
-        path = numerics[0].path(projections[0].weight)
+        path = numerics[0].path(projections[0].weight, compute)
         with _NoAutocast(x.device.type):
             inputs = path.inputs(x.to(compute))
             weights = _weights(path, projections, numerics, compute)
@@ -100,7 +100,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, numerics: tuple[LayerNumerics, ...], *tensors: Tensor | None) -> Tensor:
         projections = _projections(tensors)
         compute = _compute_dtype(x, projections[0].weight)
-        path = numerics[0].path(projections[0].weight)
+        path = numerics[0].path(projections[0].weight, compute)
         with _NoAutocast(x.device.type):
             inputs = path.inputs(x.to(compute))
             weights = _weights(path, projections[:2], numerics[:2], compute)

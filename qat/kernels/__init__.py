@@ -205,13 +205,14 @@ def fused_path(numbers: Numbers) -> FusedPath | None:
 
 
 @cache
-def path_of(numbers: Numbers, device_type: str, dtype: torch.dtype, *, fused: bool) -> Path:
-    """How a layer whose weight lies on this kind of device, in this dtype, computes its format.
+def path_of(numbers: Numbers, device_type: str, dtype: torch.dtype, compute: torch.dtype, *, fused: bool) -> Path:
+    """How a layer whose weight lies on this kind of device, in this dtype, computes its format in `compute`.
 
     Args:
         fused: False asks for the definition itself.
     """
-    if fused and device_type == "cuda" and dtype in (torch.bfloat16, torch.float32) and find_spec("triton"):
+    known = {dtype, compute} <= {torch.bfloat16, torch.float32}  # the kernels' roundings know no float16
+    if fused and device_type == "cuda" and known and find_spec("triton"):
         found = fused_path(numbers)
         needed = (
             (8, 9) if found is not None and found.kind.startswith("fp8") else (8, 0)

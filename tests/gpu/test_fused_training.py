@@ -12,6 +12,7 @@ import torch
 from tiny_models import tiny_model, with_lora
 
 from qat.kernels import FusedPath
+from qat.layer import LayerNumerics
 from qat.prepare import Prepared, prepare_qat
 from quantize.schemes import SCHEMES
 
@@ -57,8 +58,12 @@ def test_the_fused_kernels_train_what_the_definition_trains(scheme: str) -> None
     fused, prepared = _losses(scheme, fused=True)
     plain, by_definition = _losses(scheme, fused=False)
     weight = torch.empty(0, device=DEVICE, dtype=torch.bfloat16)
-    assert all(isinstance(numerics.path(weight), FusedPath) for _, numerics in prepared.layers.values())
-    assert not any(isinstance(numerics.path(weight), FusedPath) for _, numerics in by_definition.layers.values())
+
+    def is_fused(numerics: LayerNumerics) -> bool:
+        return isinstance(numerics.path(weight, torch.bfloat16), FusedPath)
+
+    assert all(is_fused(numerics) for _, numerics in prepared.layers.values())
+    assert not any(is_fused(numerics) for _, numerics in by_definition.layers.values())
     for both in (prepared, by_definition):
         assert not both.silent()
         assert set(both.calls.values()) == {STEPS}

@@ -318,9 +318,11 @@ def test_a_module_that_computes_more_is_no_plain_mlp() -> None:
 
 
 def test_the_kernels_are_chosen_in_one_place() -> None:
-    assert type(path_of(integers.INT8_INT4, "cpu", torch.float32, fused=True)) is Path
-    assert type(path_of(integers.INT8_INT4, "cuda", torch.float16, fused=True)) is Path
-    assert type(path_of(integers.INT8_INT4, "cuda", torch.bfloat16, fused=False)) is Path
+    bf16, fp16 = torch.bfloat16, torch.float16
+    assert type(path_of(integers.INT8_INT4, "cpu", bf16, bf16, fused=True)) is Path
+    assert type(path_of(integers.INT8_INT4, "cuda", fp16, fp16, fused=True)) is Path
+    assert type(path_of(integers.INT8_INT4, "cuda", bf16, fp16, fused=True)) is Path  # under autocast
+    assert type(path_of(integers.INT8_INT4, "cuda", bf16, bf16, fused=False)) is Path
 
 
 def _numerics(count: int, calls: Counter[str]) -> list[LayerNumerics]:
