@@ -47,10 +47,11 @@ def main() -> int:
     again = options.formats[:1] if len(options.formats) > 1 else []
     base: dict[tuple[str, int], float] = {}
     complete = True
-    for name in [*options.formats, *again]:
+    for number, name in enumerate([*options.formats, *again]):
         lines = _run(name, options)
         complete &= len(lines) == len(options.batches) + 1
-        base = base or {(line["what"], line["batch"]): line["ms"] for line in lines}
+        if number == 0:
+            base = {(line["what"], line["batch"]): line["ms"] for line in lines}
         for line in lines:
             reference = base.get((line["what"], line["batch"]))
             line["x"] = None if reference is None else round(reference / line["ms"], 3)
@@ -82,12 +83,13 @@ def _measure(options: argparse.Namespace) -> int:
     import torch
 
     cuda = torch.cuda.is_available()
-    name, _, eager = options.child.partition("+")
-    model, weights = _build(name, options, "cuda" if cuda else "cpu")
+    name, _, how = options.child.partition("+")
+    assert how in ("", "eager"), f"+{how} is not known"
+    model, weights, group_size = _build(name, options, "cuda" if cuda else "cpu")
     about = {"format": options.child, "shape": options.shape, "layers": model.config.num_hidden_layers}
-    about |= {"weights_gib": round(weights / 2**30, 3), "torch": torch.__version__}
-    about["device"] = torch.cuda.get_device_name() if cuda else "cpu"
-    if cuda and not eager:
+    about |= {"group_size": group_size, "weights_gib": round(weights / 2**30, 3), "torch": torch.__version__}
+    about["device"] = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
+    if cuda and not how:
         torch._dynamo.config.recompile_limit = 64
         for layer in model.model.layers:
             layer.compile(dynamic=False)
@@ -109,12 +111,12 @@ def _say(about: dict[str, Any], what: str, batch: int, milliseconds: float) -> N
     print(json.dumps(line | {"peak_gib": None if peak is None else round(peak, 3)}), flush=True)
 
 
-def _build(wanted: str, options: argparse.Namespace, device: str) -> tuple[Any, int]:
-    """The model in its format, and the bytes of its weights."""
+def _build(wanted: str, options: argparse.Namespace, device: str) -> tuple[Any, int, int | None]:
+    """The model in its format, the bytes of its weights, and the weights per scale."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from quantize.convert import quantise_
+    from quantize.convert import memory_bytes, quantise_
     from quantize.layers import select_layers
     from quantize.schemes import find_scheme
 
@@ -125,6 +127,7 @@ def _build(wanted: str, options: argparse.Namespace, device: str) -> tuple[Any, 
     torch.manual_seed(0)
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    group = None
     if name not in ("bf16", "float32"):
         scheme = find_scheme(name)
         target = scheme.find_target(target_name or next(key for key in scheme.targets if device in key))
@@ -132,8 +135,8 @@ def _build(wanted: str, options: argparse.Namespace, device: str) -> tuple[Any, 
         quantise_(model, scheme, target, group, select_layers(model, scheme, group, target), None)
     if device == "cuda":
         torch.cuda.empty_cache()
-        return model, torch.cuda.memory_allocated()
-    return model, sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        return model, torch.cuda.memory_allocated(), group
+    return model, memory_bytes(model), group
 
 
 class _LayerCache:
@@ -144,7 +147,7 @@ class _LayerCache:
 
     def __init__(self, batch: int, config: Any, model: Any, last: Any) -> None:
         shape = batch, config.num_key_value_heads, CONTEXT, config.head_dim
-        self.keys, self.values = (model.lm_head.weight.new_zeros(shape) for _ in range(2))
+        self.keys, self.values = (model.model.norm.weight.new_zeros(shape) for _ in range(2))
         self.last = last
 
     def update(self, keys: Any, values: Any, layer_idx: int, *rest: Any, **more: Any) -> tuple[Any, Any]:

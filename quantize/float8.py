@@ -52,7 +52,8 @@ def fp8_per_row(values: Tensor) -> Tensor:
 def linear_fp8(inputs: Quantised, weight: Quantised, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The product of `Float8Tensor` with torch's kernel: float8 operands, both scales after the sum, one rounding.
 
-    Where the GPU has the kernel it is the kernel itself; elsewhere the same sum of exact products in float32.
+    Where the GPU has the kernel it is the kernel itself; elsewhere the same sum of exact products in float32. Its
+    callers have switched gradients off: doing so again for every layer of a step costs as much as a launch.
     """
     left = _rows(inputs)
     if left.values.is_cuda and dtype == torch.bfloat16 and _capability() >= (8, 9):

@@ -114,7 +114,7 @@ def _fp8_target(name: str, numbers: str, kernel: str, **options: Any) -> Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """How fast a target generates against bf16 on one H100: bf16's time over its own.
+    """How fast a target generates beside the unquantised model: the time of that over its own.
 
     Measured by `benchmarks/decode.py`; the lines are in docs/decode.jsonl.
     """
@@ -123,8 +123,13 @@ class Speed:
     """The model's."""
     decode: tuple[tuple[int, float], ...]
     """(sequences at a time, ratio of a decoding step)."""
+    group_size: int | None = None
+    """Weights per scale; None = one a row."""
     prefill: float | None = None
     """Ratio for one prompt of 4,096 tokens; None = not measured."""
+    base: str = "bf16"
+    """What the unquantised model computes in."""
+    device: str = "one H100"
 
     def __str__(self) -> str:
         """One line: for which batch sizes it pays."""
@@ -132,9 +137,17 @@ class Speed:
         for word, low, high in (("faster than", 1.05, 1e9), ("as fast as", 0.95, 1.05), ("slower than", 0.0, 0.95)):
             found = [f"{batch} ({ratio:.2f}x)" for batch, ratio in self.decode if low <= ratio < high]
             if found:
-                parts.append(f"{word} bf16 at batch {', '.join(found)}")
-        prefill = "" if self.prefill is None else f", prefill {self.prefill:.2f}x"
-        return f"{'; '.join(parts)}{prefill} ({self.shape} on one H100)"
+                parts.append(f"{word} {self.base} at batch {', '.join(found)}")
+        if self.prefill is not None:
+            parts.append(f"prefill {self.prefill:.2f}x")
+        groups = "" if self.group_size is None else f", groups of {self.group_size}"
+        return f"{'; '.join(parts)} ({self.shape}{groups}, in torch on {self.device})"
+
+
+def _on_cpu(one: float, eight: float, group_size: int | None = 32) -> Speed:
+    """Of one sequence and of eight at a time."""
+    decode = ((1, one), (8, eight))
+    return Speed(shape="Qwen3-0.6B", decode=decode, group_size=group_size, base="float32", device="two x86 cores")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,18 +243,21 @@ def _cpu_and_cuda(
     config: Callable[[int | None], AOBaseConfig],
     numbers: Callable[[], Numbers],
     tensor: Callable[[Quantised, torch.dtype], Any],
-    speed: Speed | None = None,
+    cpu: Speed,
+    cuda: Speed | None = None,
 ) -> Mapping[str, Target]:
     return _named(
-        Target(name="cpu", config=config, numbers=numbers, tensor=tensor),
-        Target(name="cuda", config=config, numbers=numbers, tensor=tensor, needs=("cuda>=7.0",), speed=speed),
+        Target(name="cpu", config=config, numbers=numbers, tensor=tensor, speed=cpu),
+        Target(name="cuda", config=config, numbers=numbers, tensor=tensor, needs=("cuda>=7.0",), speed=cuda),
     )
 
 
-# torchao stores and computes both alike: the same numbers on either device.
-_INT8_INT4_TARGETS = _cpu_and_cuda(
-    _int8_int4_config, _numbers("integers", "INT8_INT4"), _tensor("intx_tensor", bits=4, int8_activations=True)
-)
+def _int8_int4_targets(cpu: Speed) -> Mapping[str, Target]:
+    # torchao stores and computes both alike: the same numbers on either device.
+    numbers, tensor = _numbers("integers", "INT8_INT4"), _tensor("intx_tensor", bits=4, int8_activations=True)
+    return _cpu_and_cuda(_int8_int4_config, numbers, tensor, cpu)
+
+
 _GROUPS = (32, 64, 128, 256)
 
 _ALL = (
@@ -249,7 +265,7 @@ _ALL = (
         name="int8-int4",
         summary="int8 dynamic activations (per token), int4 weights (per group): phones and CPUs",
         bits=4,
-        targets=_INT8_INT4_TARGETS,
+        targets=_int8_int4_targets(_on_cpu(0.27, 0.54)),
         group_size=32,
         group_sizes=_GROUPS,
     ),
@@ -257,7 +273,7 @@ _ALL = (
         name="int8-int4-mobile",
         summary="int8-int4, with lm_head in int4 and the untied embedding in int8: the mobile releases' recipe",
         bits=4,
-        targets=_INT8_INT4_TARGETS,
+        targets=_int8_int4_targets(_on_cpu(0.09, 0.17)),
         group_size=32,
         group_sizes=_GROUPS,
         embedding=_intx_target(8, "embedding"),
@@ -279,7 +295,12 @@ _ALL = (
                 # Measured: 0.0001 to 0.0009 over 2,400 samples, 0.006 over 64 (docs/RESULTS.md): a last bit here and
                 # there is noise whose mean shrinks with the samples, and a run may have few.
                 max_gap_nats=0.01,
-                speed=Speed(shape="Qwen3-8B", decode=((1, 1.91), (8, 1.14), (64, 0.24), (256, 0.10)), prefill=None),
+                speed=Speed(
+                    shape="Qwen3-8B",
+                    decode=((1, 1.91), (8, 1.14), (64, 0.25), (256, 0.10)),
+                    group_size=128,
+                    prefill=None,
+                ),
             ),
             # The others are asked for by name: --qat int4 on a laptop is meant for a server, and without mslk at that.
             Target(
@@ -294,7 +315,7 @@ _ALL = (
                 max_output_error=0.0005,
                 max_gap_nats=0.01,
             ),
-            _intx_target(4, "cpu", by_request=True),
+            _intx_target(4, "cpu", by_request=True, speed=_on_cpu(0.31, 0.33, 128)),
             _intx_target(4, "cuda", by_request=True, needs=("cuda>=7.0",)),
         ),
         group_size=128,
@@ -305,11 +326,14 @@ _ALL = (
             name=f"int{bits}",
             summary=f"int{bits} weights only (per group, Intx): {what}",
             bits=bits,
-            targets=_named(_intx_target(bits, "cpu"), _intx_target(bits, "cuda", needs=("cuda>=7.0",))),
+            targets=_named(_intx_target(bits, "cpu", speed=cpu), _intx_target(bits, "cuda", needs=("cuda>=7.0",))),
             group_size=32,
             group_sizes=_GROUPS,
         )
-        for bits, what in ((3, "small models where 4 bits are too many"), (2, "research; needs QAT to be of use"))
+        for bits, what, cpu in (
+            (3, "small models where 4 bits are too many", _on_cpu(0.21, 0.27)),
+            (2, "research; needs QAT to be of use", _on_cpu(0.25, 0.42)),
+        )
     ),
     Scheme(
         name="int8",
@@ -319,6 +343,7 @@ _ALL = (
             _int8_config,
             _numbers("integers", "INT8_ROWS"),
             _tensor("int8_tensor"),
+            _on_cpu(0.94, 0.61, None),
             Speed(shape="Qwen3-4B", decode=((1, 0.11), (8, 0.05), (64, 0.01))),
         ),
         group_size=None,

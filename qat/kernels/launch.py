@@ -70,14 +70,20 @@ class Launcher:
             with torch.cuda.device(device):
                 self(plan, tensors, *floats, grid=grid)
             return
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        addresses = []
+        for tensor in tensors:
+            if tensor is not None and tensor.get_device() != device:  # the GPU would read whatever lies at its address
+                raise RuntimeError(
+                    f"a layer's tensors are expected on one device, but lie on {first.device} and {tensor.device}"
+                )
+            addresses.append(None if tensor is None else tensor.data_ptr())
         aligned = tuple([address is None or address % 16 == 0 for address in addresses])  # Triton compiles for it
         key = plan, device, aligned
         compiled = self._compiled.get(key)
         if compiled is None:
             # Fused multiply-adds round once where torch's separate operations round twice.
             self._compiled[key] = self.kernel[grid](
-                *tensors, *floats, *plan.numbers, *plan.constants, False, True,
+                *tensors, *map(float, floats), *plan.numbers, *plan.constants, False, True,
                 num_warps=plan.warps, enable_fp_fusion=False,
             )  # fmt: skip
         elif not _DIRECT:

@@ -76,20 +76,25 @@ def merged_tile(
     w = tl.load(w_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     if ADAPTER:
         low_rank = tl.zeros(w.shape, tl.float32)
-        for start in tl.static_range(0, RANK, RANK_BLOCK):
-            r = start + tl.arange(0, RANK_BLOCK)
-            b_inside = (row_ids < rows)[:, None] & (r < RANK)[None, :]
-            b = tl.load(b_ptr + row_ids[:, None] * RANK + r[None, :], mask=b_inside, other=0.0).to(tl.float32)
-            a = first_a
-            if start > 0:
+        low_rank = _add_product(low_rank, first_a, b_ptr, scaling, rows, row_ids, 0, RANK, RANK_BLOCK)
+        if RANK > RANK_BLOCK:  # a loop, not unrolled: shared memory holds one tile of A at a time
+            for start in tl.range(RANK_BLOCK, RANK, RANK_BLOCK, num_stages=1):
                 a = tile_of_a(a_ptr, columns, column_ids, start, RANK, RANK_BLOCK)
-            b = b * scaling
-            upper_a, upper_b = upper(a), upper(b)
-            low_rank = tl.dot(b - upper_b, upper_a, low_rank, input_precision="tf32")
-            low_rank = tl.dot(upper_b, a - upper_a, low_rank, input_precision="tf32")
-            low_rank = tl.dot(upper_b, upper_a, low_rank, input_precision="tf32")
+                low_rank = _add_product(low_rank, a, b_ptr, scaling, rows, row_ids, start, RANK, RANK_BLOCK)
         w = w + low_rank
     return w
+
+
+@triton.jit
+def _add_product(low_rank, a, b_ptr, scaling, rows, row_ids, start, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    """`low_rank` + s B A of the `RANK_BLOCK` ranks from `start`."""
+    r = start + tl.arange(0, RANK_BLOCK)
+    inside = (row_ids < rows)[:, None] & (r < RANK)[None, :]
+    b = tl.load(b_ptr + row_ids[:, None] * RANK + r[None, :], mask=inside, other=0.0).to(tl.float32) * scaling
+    upper_a, upper_b = upper(a), upper(b)
+    low_rank = tl.dot(b - upper_b, upper_a, low_rank, input_precision="tf32")
+    low_rank = tl.dot(upper_b, a - upper_a, low_rank, input_precision="tf32")
+    return tl.dot(upper_b, upper_a, low_rank, input_precision="tf32")
 
 
 @dataclass(frozen=True)
@@ -101,9 +106,9 @@ class Blocks:
 
     rows: int
     columns: int
-    steps: int
     warps: int
-    stages: int = 1
+    stages: int
+    steps: int = 1
 
 
 class Kind(NamedTuple):
@@ -160,16 +165,23 @@ def rows_of(kind: Kind) -> tuple[int, ...]:
     return kind.rows + (0,) * (MOST - len(kind.rows))
 
 
+def stages_of(blocks: Blocks, kind: Kind) -> int:
+    """As many tiles loaded ahead as shared memory has room for: each takes its tiles of A with it."""
+    if blocks.columns > 128:
+        return 1
+    return blocks.stages if kind.rank <= 16 else min(blocks.stages, 2)
+
+
 def fitted(blocks: Blocks, kind: Kind, group_size: int) -> Blocks:
     """With columns that hold a group, and so few steps that a small weight still gives work to the whole GPU."""
     if group_size > blocks.columns:
         blocks = replace(blocks, rows=max(16, blocks.rows * blocks.columns // group_size), columns=group_size)
     tiles = -(-sum(kind.rows) // blocks.rows) * -(-kind.columns // blocks.columns)
     most = max(1, tiles // 256)
-    return replace(blocks, steps=min(blocks.steps, 1 << (most.bit_length() - 1)))
+    return replace(blocks, steps=min(blocks.steps, 1 << (most.bit_length() - 1)), stages=stages_of(blocks, kind))
 
 
 def rank_of(kind: Kind) -> tuple[int, int]:
-    """(rank, its block: a power of two from 16, which tensor cores need, to 64)."""
+    """(rank, its block: a power of two from 16, which tensor cores need, to 32, which shared memory has room for)."""
     rank = max(1, kind.rank)
-    return rank, min(max(16, next_power_of_2(rank)), 64)
+    return rank, min(max(16, next_power_of_2(rank)), 32)

@@ -35,6 +35,7 @@ from qat.kernels.merged import (
     pick_rows,
     rank_of,
     rows_of,
+    stages_of,
     tensors_of,
     tile_of_a,
 )
@@ -110,8 +111,8 @@ def _rows_kernel(
 
 
 _rows = Launcher(_rows_kernel)
-LARGE = Blocks(rows=32, columns=128, steps=1, warps=4, stages=3)
-SMALL = Blocks(rows=16, columns=128, steps=1, warps=4, stages=4)
+MANY_ROWS = Blocks(rows=32, columns=128, warps=4, stages=3)
+FEW_ROWS = Blocks(rows=16, columns=128, warps=4, stages=4)
 """For weights of few rows, which would leave a part of the GPU without work."""
 
 
@@ -133,12 +134,12 @@ def row_weight(layers: Sequence[Any], kind: Kind, *, values: torch.dtype, mslk: 
 
 @cache
 def _plan(kind: Kind, values: torch.dtype, mslk: bool) -> Plan:
-    blocks = LARGE if sum(kind.rows) >= 256 * LARGE.rows else SMALL
+    blocks = MANY_ROWS if sum(kind.rows) >= 256 * MANY_ROWS.rows else FEW_ROWS
     return Plan(
         grid=(sum(-(-count // blocks.rows) for count in kind.rows), 1, 1),
         numbers=rows_of(kind),
         constants=(
-            kind.columns, len(kind.rows), *rank_of(kind), blocks.rows, blocks.columns, blocks.stages,
+            kind.columns, len(kind.rows), *rank_of(kind), blocks.rows, blocks.columns, stages_of(blocks, kind),
             values == torch.float8_e4m3fn, mslk, kind.rank > 0, kind.dtypes[3] is not None, kind.weight_bf16,
         ),
         warps=blocks.warps,

@@ -1,6 +1,7 @@
 """Compiles every kernel as training launches it, for a GPU that need not be here. `test_compilation.py` runs it.
 
-`python compile_all.py 90` prints a line for each kernel; 90 is the compute capability, times ten.
+`python compile_all.py 90` prints a line for each kernel; 90 is the compute capability, times ten. A kernel that takes
+more shared memory than a program may have there is an error, as it is on the GPU.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from quantize import float8, integers
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv",
 }  # fmt: skip
+SHARED = {80: 163, 89: 99, 90: 227}
+"""KiB of shared memory a program may have, by compute capability (CUDA C++ Programming Guide)."""
 FORMATS = {
     "int8-int4": (integers.INT8_INT4, 32), "tinygemm": (integers.TINYGEMM, 128), "int4-mslk": (integers.INT4_MSLK, 128),
     "int8-rows": (integers.INT8_ROWS, None), "fp8": (float8.FP8, None), "fp8-mslk": (float8.FP8_MSLK, None),
@@ -39,7 +42,9 @@ def main(capability: int) -> None:
         if (launcher, plan, kinds) not in done:
             done.add((launcher, plan, kinds))
             compiled = _compile(launcher.kernel, plan, tensors, floats, capability)
-            print(launcher.kernel.__name__, *plan.constants, f"shared={compiled.metadata.shared}", flush=True)
+            shared = compiled.metadata.shared
+            print(launcher.kernel.__name__, *plan.constants, f"shared={shared}", flush=True)
+            assert shared <= SHARED[capability] * 1024, f"{shared} bytes of shared memory"
 
     Launcher.__call__ = compile_  # type: ignore[method-assign,assignment]
     for name, (numbers, group) in FORMATS.items():
@@ -50,14 +55,19 @@ def main(capability: int) -> None:
 
 
 def _use(path: FusedPath, group: int | None) -> None:
-    def layer(rows: int, *, adapter: bool, factor: bool = False) -> Layer:
-        low_rank = (torch.zeros(16, 512), torch.zeros(rows, 16)) if adapter else (None, None)
+    def layer(rows: int, *, adapter: bool = True, factor: bool = False, rank: int = 16) -> Layer:
+        low_rank = (torch.zeros(rank, 512), torch.zeros(rows, rank)) if adapter else (None, None)
         scales = torch.ones(rows, 1 if group is None else 512 // group) if factor else None
         return Layer(torch.zeros(rows, 512).bfloat16(), *low_rank, 1.0, scales, group, torch.bfloat16)
 
-    path.weights([layer(rows, adapter=True) for rows in (64, 32, 32)], torch.bfloat16)
-    path.weights([layer(9000, adapter=True)], torch.float32)
-    path.quantise(layer(64, adapter=True, factor=True))
+    path.weights([layer(rows) for rows in (64, 32, 32)], torch.bfloat16)
+    path.weights([layer(9000)], torch.float32)
+    for rank in (32, 64, 256):
+        for rows in (64, 9000):
+            path.weights([layer(rows, rank=rank)], torch.bfloat16)
+            if group is not None:
+                path.weights([layer(rows, rank=rank)._replace(group_size=256)], torch.bfloat16)
+    path.quantise(layer(64, factor=True))
     path.quantise(layer(64, adapter=False))
     x = torch.zeros(4, 512).bfloat16()
     inputs = path.inputs(x)

@@ -123,8 +123,20 @@ def test_layers_that_share_their_input_in_one_launch(name: str, group: int | Non
     else:
         parts = [part for part in theirs if isinstance(part, Quantised)]
         _assert_same(ours, Quantised(torch.cat([p.values for p in parts]), torch.cat([p.scale for p in parts])))
-    other = layers[-1]._replace(scaling=0.25)
-    assert len(fused.weights([*layers[:-1], other], torch.bfloat16)) == len(rows)  # one by one, as they are not alike
+    apart = [*layers[:-1], layers[-1]._replace(scaling=0.25)]  # one by one, as they are not alike
+    ours, theirs = fused.weights(apart, torch.bfloat16), plain.weights(apart, torch.bfloat16)
+    assert len(ours) == len(rows)
+    for one, other in zip(ours, theirs, strict=True):
+        _assert_same(one, other)
+
+
+@pytest.mark.parametrize(("name", "group"), FORMATS)
+def test_matrices_that_are_not_contiguous(name: str, group: int | None) -> None:
+    fused, plain = _paths((GROUPED | ROWS)[name])
+    layer = _layer((torch.randint(-127, 128, (256, 48)) / 64).bfloat16(), group, torch.bfloat16, rank=4)
+    assert layer.lora_a is not None and layer.lora_b is not None
+    turned = layer._replace(weight=layer.weight.t(), lora_a=layer.lora_b.t(), lora_b=layer.lora_a.t())
+    _assert_same(fused.quantise(turned), plain.quantise(turned))
 
 
 @pytest.mark.parametrize(("name", "group"), FORMATS)
@@ -189,10 +201,13 @@ def test_inputs(numbers: Numbers, dtype: torch.dtype, columns: int) -> None:
     "numbers", [integers.INT8_INT4, float8.FP8, float8.FP8_MSLK, integers.INT4], ids=["int8", "fp8", "fp8-mslk", "none"]
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_swiglu_and_its_gradient(numbers: Numbers, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "columns", [192, 196]
+)  # up begins at an address that is divisible by 16, or by 8 alone in bf16
+def test_swiglu_and_its_gradient(numbers: Numbers, dtype: torch.dtype, columns: int) -> None:
     fused, plain = _paths(numbers)
     generator = torch.Generator().manual_seed(0)
-    gate, up, grad = (torch.randn(12, 192, generator=generator).to(DEVICE, dtype) * 3 for _ in range(3))
+    gate, up, grad = (torch.randn(12, columns, generator=generator).to(DEVICE, dtype) * 3 for _ in range(3))
     ours, theirs = fused.swiglu(gate, up), plain.swiglu(gate, up)
     tolerance = 1e-6 if dtype == torch.float32 else 8e-3  # silu's exponential is another implementation
     largest = plain.restored_inputs(theirs, dtype).abs().amax(-1, keepdim=True).float()
@@ -202,10 +217,12 @@ def test_swiglu_and_its_gradient(numbers: Numbers, dtype: torch.dtype) -> None:
     found = []
     for path in (fused, plain):
         both = torch.cat([gate, up], dim=1)  # halves of one tensor, as one product gives them
-        grads = both[:, :192], both[:, 192:]
-        _assert_same(path.swiglu(*grads), ours if path is fused else theirs)
+        grads = both[:, :columns], both[:, columns:]
+        if path is fused:  # torch's own silu of a half differs in last bits from that of the same numbers in a row
+            _assert_same(path.swiglu(*grads), ours)
         hidden = path.swiglu_backward_(*grads, grad.clone())
-        _assert_same(hidden, ours if path is fused else theirs)
+        if path is fused:
+            _assert_same(hidden, ours)
         found.append(grads)
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=2 * tolerance, atol=tolerance)

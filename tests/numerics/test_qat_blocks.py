@@ -16,7 +16,7 @@ from qat import forwards
 from qat.cache import WeightCache
 from qat.kernels import Layer, Path, path_of
 from qat.layer import LayerNumerics, Projection
-from qat.linear import fake_quant_linears, fake_quant_swiglu
+from qat.linear import _NoAutocast, fake_quant_linears, fake_quant_swiglu
 from qat.prepare import Prepared, prepare_qat, remove_qat
 from quantize import integers
 from quantize.errors import UserError
@@ -323,6 +323,21 @@ def test_the_kernels_are_chosen_in_one_place() -> None:
     assert type(path_of(integers.INT8_INT4, "cuda", fp16, fp16, fused=True)) is Path
     assert type(path_of(integers.INT8_INT4, "cuda", bf16, fp16, fused=True)) is Path  # under autocast
     assert type(path_of(integers.INT8_INT4, "cuda", bf16, bf16, fused=False)) is Path
+
+
+def test_autocast_is_off_inside_and_on_again_after_an_error() -> None:
+    def fail() -> None:
+        with _NoAutocast("cpu"):
+            assert not torch.is_autocast_enabled("cpu")
+            raise ValueError("inside")
+
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match="inside"):
+            fail()
+        assert torch.is_autocast_enabled("cpu")
+    with _NoAutocast("cpu"):
+        assert not torch.is_autocast_enabled("cpu")
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def _numerics(count: int, calls: Counter[str]) -> list[LayerNumerics]:

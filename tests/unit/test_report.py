@@ -264,7 +264,8 @@ def test_the_report_says_for_which_batches_the_format_pays() -> None:
     known = SCHEMES["int4"].targets["cuda-sm80"].speed
     text = render_markdown(build(scheme="int4", target="cuda-sm80"), ReportContext(run="x"))
     assert f"decoding with int4 on cuda-sm80: {known}" in text
-    assert "decoding with int8-int4 on cpu: speed not measured" in render_markdown(build(), ReportContext(run="x"))
+    unknown = render_markdown(build(scheme="int3", target="cuda"), ReportContext(run="x"))
+    assert "decoding with int3 on cuda: speed not measured" in unknown
     assert "decoding with" not in render_markdown(nothing(), ReportContext(run="x"))
 
 
