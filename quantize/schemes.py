@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from quantize.errors import UserError
+from quantize.speed import Speed
 
 if TYPE_CHECKING:
     import torch
@@ -110,38 +111,6 @@ def _fp8_target(name: str, numbers: str, kernel: str, **options: Any) -> Target:
         multiple=16,
         **options,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """How fast a target generates beside the unquantised model: the time of that over its own.
-
-    Measured by `benchmarks/decode.py`; the lines are in docs/decode.jsonl.
-    """
-
-    shape: str
-    """The model's."""
-    decode: tuple[tuple[int, float], ...]
-    """(sequences at a time, ratio of a decoding step)."""
-    group_size: int | None = None
-    """Weights per scale; None = one a row."""
-    prefill: float | None = None
-    """Ratio for one prompt of 4,096 tokens; None = not measured."""
-    base: str = "bf16"
-    """What the unquantised model computes in."""
-    device: str = "one H100"
-
-    def __str__(self) -> str:
-        """One line: for which batch sizes it pays."""
-        parts = []
-        for word, low, high in (("faster than", 1.05, 1e9), ("as fast as", 0.95, 1.05), ("slower than", 0.0, 0.95)):
-            found = [f"{batch} ({ratio:.2f}x)" for batch, ratio in self.decode if low <= ratio < high]
-            if found:
-                parts.append(f"{word} {self.base} at batch {', '.join(found)}")
-        if self.prefill is not None:
-            parts.append(f"prefill {self.prefill:.2f}x")
-        groups = "" if self.group_size is None else f", groups of {self.group_size}"
-        return f"{'; '.join(parts)} ({self.shape}{groups}, in torch on {self.device})"
 
 
 def _on_cpu(one: float, eight: float, group_size: int | None = 32) -> Speed:
@@ -299,7 +268,6 @@ _ALL = (
                     shape="Qwen3-8B",
                     decode=((1, 1.91), (8, 1.14), (64, 0.25), (256, 0.10)),
                     group_size=128,
-                    prefill=None,
                 ),
             ),
             # The others are asked for by name: --qat int4 on a laptop is meant for a server, and without mslk at that.

@@ -118,6 +118,7 @@ class FusedPath(Path):
         rows: one scale a row, multiplied after the sum, in place of groups.
         kind: how inputs are rounded: "none", "int8", "fp8", "fp8-mslk".
         mslk: weights are rounded as mslk does.
+        float8: inputs and weights are multiplied in float8.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class FusedPath(Path):
 
         super().__init__(numbers)
         self.bits, self.rows, self.kind, self.mslk = bits, rows, kind, mslk
+        self.float8 = kind.startswith("fp8")
         self._alike, self._inputs = merged.alike, inputs
         self._grouped_weight, self._row_weight = grouped.grouped_weight, row_kernels.row_weight
 
@@ -159,7 +161,7 @@ class FusedPath(Path):
         return [self._grouped_weight(layers, kind, group, dtype, bits=self.bits, out=compute, mslk=self.mslk)]
 
     def _stored(self) -> torch.dtype:
-        return torch.float8_e4m3fn if self.kind.startswith("fp8") else torch.int8
+        return torch.float8_e4m3fn if self.float8 else torch.int8
 
     def restored_weight(self, weight: Tensor | Quantised, layer_dtype: torch.dtype, compute: torch.dtype) -> Tensor:
         """See `Path.restored_weight`."""
@@ -214,9 +216,8 @@ def path_of(numbers: Numbers, device_type: str, dtype: torch.dtype, compute: tor
     known = {dtype, compute} <= {torch.bfloat16, torch.float32}  # the kernels' roundings know no float16
     if fused and device_type == "cuda" and known and find_spec("triton"):
         found = fused_path(numbers)
-        needed = (
-            (8, 9) if found is not None and found.kind.startswith("fp8") else (8, 0)
-        )  # bf16 is Ampere's, float8 Ada's
-        if found is not None and torch.cuda.get_device_capability() >= needed:
-            return found
+        if found is not None:
+            needed = (8, 9) if found.float8 else (8, 0)  # float8 is Ada's, bf16 Ampere's
+            if torch.cuda.get_device_capability() >= needed:
+                return found
     return Path(numbers)

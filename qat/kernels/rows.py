@@ -43,6 +43,40 @@ from quantize.numerics import Quantised
 
 
 @triton.jit
+def _tile(
+    w_ptr, a_ptr, b_ptr, scaling, rows, row_ids, columns, column_ids,
+    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ADAPTER: tl.constexpr,
+):  # fmt: skip
+    """`merged_tile` with its own first tile of A."""
+    first_a = column_ids
+    if ADAPTER:
+        first_a = tile_of_a(a_ptr, columns, column_ids, 0, RANK, RANK_BLOCK)
+    return merged_tile(
+        w_ptr, a_ptr, b_ptr, scaling, rows, row_ids, columns, column_ids, first_a, RANK, RANK_BLOCK, ADAPTER
+    )
+
+
+@triton.jit
+def _scale(
+    largest, factor, FLOAT8: tl.constexpr, MSLK: tl.constexpr, FACTOR: tl.constexpr, WEIGHT_BF16: tl.constexpr,
+    EXACT: tl.constexpr, RECIPROCAL: tl.constexpr,
+):  # fmt: skip
+    """(scale, what the weight is divided by, for `FLOAT8`, or multiplied by) of rows up to `largest`."""
+    if FLOAT8:
+        scale = fp8_scale(largest, MSLK, WEIGHT_BF16, EXACT, RECIPROCAL)
+        if FACTOR:
+            scale = scale * factor
+        step = tl.where(scale == 0.0, 1.0, scale)
+    else:  # `quantise_int8_rows`
+        scale = to_dtype(divided(largest, 127.5, RECIPROCAL), WEIGHT_BF16, EXACT)
+        if FACTOR:
+            scale = to_dtype(scale * to_dtype(factor, WEIGHT_BF16, EXACT), WEIGHT_BF16, EXACT)
+        scale = at_least(scale, 1.1920928955078125e-07)
+        step = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    return scale, step
+
+
+@triton.jit
 def _rows_kernel(
     w_0, w_1, w_2, a_0, a_1, a_2, b_0, b_1, b_2, factor_0, factor_1, factor_2, out_ptr, scale_ptr,
     scaling, rows_0, rows_1, rows_2,
@@ -64,47 +98,27 @@ def _rows_kernel(
     largest_bits = tl.zeros([BM, BN], tl.int32)
     for start in tl.range(0, columns, BN, num_stages=STAGES):
         column_ids = start + tl.arange(0, BN)
-        first_a = column_ids
-        if ADAPTER:
-            first_a = tile_of_a(a_ptr, columns, column_ids, 0, RANK, RANK_BLOCK)
-        merged = merged_tile(
-            w_ptr, a_ptr, b_ptr, scaling, rows, row_ids, columns, column_ids, first_a, RANK, RANK_BLOCK, ADAPTER
-        )
+        merged = _tile(
+            w_ptr, a_ptr, b_ptr, scaling, rows, row_ids, columns, column_ids, RANK, RANK_BLOCK, ADAPTER
+        )  # fmt: skip
         largest_bits = tl.maximum(largest_bits, magnitude_bits(merged))
     largest = tl.max(largest_bits, 1).to(tl.float32, bitcast=True)
     factor = largest
     if FACTOR:
         factor_ptr = pick(index, factor_0, factor_1, factor_2, COUNT)
         factor = tl.load(factor_ptr + row_ids, mask=row_inside, other=1.0).to(tl.float32)
-    if FLOAT8:
-        scale = fp8_scale(largest, MSLK, WEIGHT_BF16, EXACT, RECIPROCAL)
-        if FACTOR:
-            scale = scale * factor
-        divisor = tl.where(scale == 0.0, 1.0, scale)
-    else:  # `quantise_int8_rows`
-        scale = to_dtype(divided(largest, 127.5, RECIPROCAL), WEIGHT_BF16, EXACT)
-        if FACTOR:
-            scale = to_dtype(scale * to_dtype(factor, WEIGHT_BF16, EXACT), WEIGHT_BF16, EXACT)
-        scale = at_least(scale, 1.1920928955078125e-07)
-        divisor = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    scale, step = _scale(largest, factor, FLOAT8, MSLK, FACTOR, WEIGHT_BF16, EXACT, RECIPROCAL)
     tl.store(scale_ptr + out_rows, scale, mask=row_inside)
     for start in tl.range(0, columns, BN, num_stages=STAGES):
         column_ids = start + tl.arange(0, BN)
-        first_a = column_ids
-        if ADAPTER:
-            first_a = tile_of_a(a_ptr, columns, column_ids, 0, RANK, RANK_BLOCK)
-        merged = merged_tile(
-            w_ptr, a_ptr, b_ptr, scaling, rows, row_ids, columns, column_ids, first_a, RANK, RANK_BLOCK, ADAPTER
-        )
+        merged = _tile(
+            w_ptr, a_ptr, b_ptr, scaling, rows, row_ids, columns, column_ids, RANK, RANK_BLOCK, ADAPTER
+        )  # fmt: skip
         if FLOAT8:
-            values = to_float8(
-                clamped(
-                    quotient(merged, divisor[:, None], WEIGHT_BF16 and not FACTOR and not MSLK, EXACT), -448.0, 448.0
-                ),
-                EXACT,
-            )
+            steps = quotient(merged, step[:, None], WEIGHT_BF16 and not FACTOR, EXACT)
+            values = to_float8(clamped(steps, -448.0, 448.0), EXACT)
         else:
-            values = clamped(nearest(merged * divisor[:, None]), -128.0, 127.0)
+            values = clamped(nearest(merged * step[:, None]), -128.0, 127.0)
         inside = row_inside[:, None] & (column_ids < columns)[None, :]
         offsets = out_rows.to(tl.int64)[:, None] * columns + column_ids[None, :]
         tl.store(out_ptr + offsets, values.to(out_ptr.dtype.element_ty), mask=inside)
@@ -140,7 +154,8 @@ def _plan(kind: Kind, values: torch.dtype, mslk: bool) -> Plan:
         numbers=rows_of(kind),
         constants=(
             kind.columns, len(kind.rows), *rank_of(kind), blocks.rows, blocks.columns, stages_of(blocks, kind),
-            values == torch.float8_e4m3fn, mslk, kind.rank > 0, kind.dtypes[3] is not None, kind.weight_bf16,
+            values == torch.float8_e4m3fn, mslk, kind.rank > 0, kind.dtypes[3] is not None,
+            kind.weight_bf16 and not mslk,  # which computes in float32
         ),
         warps=blocks.warps,
     )  # fmt: skip

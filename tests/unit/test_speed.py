@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from quantize.cli import main
-from quantize.schemes import SCHEMES, Speed
+from quantize.schemes import SCHEMES
+from quantize.speed import Speed
 
 LINES = Path(__file__).resolve().parents[2] / "docs" / "decode.jsonl"
 MEASURED = [
