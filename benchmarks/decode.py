@@ -202,15 +202,19 @@ def _graph(step: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
     return graph.replay, output
 
 
-def _median(call: Callable[[], Any], calls: int, cuda: bool, repeats: int = 9) -> float:
-    """Median milliseconds a call, of repeats of so many; the first two repeats are not counted."""
+def _median(call: Callable[[], Any], calls: int, cuda: bool, repeats: int = 9, seconds: float = 5) -> float:
+    """Median milliseconds a call, of repeats of so many; the first two are not counted.
+
+    What is slow repeats less, but three times: no repeat begins after so many seconds.
+    """
     import torch
 
     times = []
     output = None
     if cuda:
         call, output = _graph(call)
-    for _ in range(repeats + 2):
+    first = time.perf_counter()
+    while len(times) < 3 + 2 or (len(times) < repeats + 2 and time.perf_counter() - first < seconds):
         if cuda:
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             events[0].record()
