@@ -1,7 +1,7 @@
 """How fast the shipped formats generate: decode and prefill against bf16, by batch size, and what the weights take.
 
     python benchmarks/decode.py --shape qwen3-8b --formats bf16 int4 fp8 int8 --batches 1 8 64 256 --out decode.jsonl
-    python benchmarks/decode.py --shape tiny --formats float32 int8-int4 --batches 1 2 --new 4 --prompt 32   # on a CPU
+    python benchmarks/decode.py --shape tiny --formats float32 int8-int4 --batches 1 2 --new 4 --prompts 1x32  # CPU
 
 Random weights in the true shape; lm_head and embedding stay in 16 bit, as the schemes ship them. Each format is a
 process of its own, one after the other; ratios are against the first, which is measured again at the end: its own ratio
@@ -36,7 +36,9 @@ def main() -> int:
     parser.add_argument("--formats", nargs="+", default=["bf16", "int4", "fp8", "int8"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256])
     parser.add_argument("--new", type=int, default=32, help="decoding steps in a measurement")
-    parser.add_argument("--prompt", type=int, default=4096, help="tokens of the prefill, one sequence")
+    parser.add_argument(
+        "--prompts", nargs="+", type=_prompts, default=[(1, 4096)], metavar="BATCHxTOKENS", help="of the prefill"
+    )
     parser.add_argument("--group-size", type=int)
     parser.add_argument("--limit", type=float, default=240, help="seconds a format may take")
     parser.add_argument("--out", type=Path, help="append the results here, one JSON line each")
@@ -47,19 +49,29 @@ def main() -> int:
     again = options.formats[:1] if len(options.formats) > 1 else []
     base: dict[tuple[str, int], float] = {}
     complete = True
+    run = time.strftime("%Y-%m-%dT%H:%M", time.gmtime())
     for number, name in enumerate([*options.formats, *again]):
         lines = _run(name, options)
-        complete &= len(lines) == len(options.batches) + 1
+        complete &= len(lines) == len(options.batches) + len(options.prompts)
         if number == 0:
-            base = {(line["what"], line["batch"]): line["ms"] for line in lines}
+            base = {_case(line): line["ms"] for line in lines}
         for line in lines:
-            reference = base.get((line["what"], line["batch"]))
-            line["x"] = None if reference is None else round(reference / line["ms"], 3)
+            reference = base.get(_case(line))
+            line = {"run": run, **line, "x": None if reference is None else round(reference / line["ms"], 3)}
             print(json.dumps(line), flush=True)
             if options.out is not None:
                 with options.out.open("a") as out:
                     out.write(json.dumps(line) + "\n")
     return 0 if complete else 1
+
+
+def _prompts(text: str) -> tuple[int, int]:
+    batch, tokens = text.split("x")
+    return int(batch), int(tokens)
+
+
+def _case(line: dict[str, Any]) -> tuple[Any, ...]:
+    return line["what"], line["batch"], line.get("tokens")
 
 
 def _run(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -71,7 +83,7 @@ def _run(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         output, errors = ((part or b"").decode() for part in (error.stdout, error.stderr))
         errors += f"\nstopped after {options.limit:g} seconds"
     lines = [json.loads(line) for line in output.splitlines() if line.startswith('{"format"')]
-    if len(lines) < len(options.batches) + 1:
+    if len(lines) < len(options.batches) + len(options.prompts):
         print(f"{name}:", *errors.splitlines()[-15:], sep="\n  ", file=sys.stderr, flush=True)
     return lines
 
@@ -98,16 +110,21 @@ def _measure(options: argparse.Namespace) -> int:
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
             milliseconds = _decode(model, batch, options.new, cuda)
-            _say(about, "decode", batch, milliseconds)
-        _say(about, "prefill", 1, _prefill(model, options.prompt, cuda))
+            _say(about | {"what": "decode", "batch": batch}, milliseconds)
+        for batch, tokens in options.prompts:
+            if cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            milliseconds = _prefill(model, batch, tokens, cuda)
+            _say(about | {"what": "prefill", "batch": batch, "tokens": tokens}, milliseconds)
     return 0
 
 
-def _say(about: dict[str, Any], what: str, batch: int, milliseconds: float) -> None:
+def _say(about: dict[str, Any], milliseconds: float) -> None:
     import torch
 
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-    line = {**about, "what": what, "batch": batch, "ms": round(milliseconds, 4)}
+    line = {**about, "ms": round(milliseconds, 4)}
     print(json.dumps(line | {"peak_gib": None if peak is None else round(peak, 3)}), flush=True)
 
 
@@ -177,11 +194,11 @@ def _decode(model: Any, batch: int, new: int, cuda: bool) -> float:
     return _median(lambda: _logits(model, ids, last[None], caches), new, cuda)
 
 
-def _prefill(model: Any, tokens: int, cuda: bool) -> float:
-    """Milliseconds for one prompt of so many tokens, the last one's logits alone."""
+def _prefill(model: Any, batch: int, tokens: int, cuda: bool) -> float:
+    """Milliseconds for prompts of so many tokens, the last ones' logits alone."""
     import torch
 
-    ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=model.device)
+    ids = torch.randint(0, model.config.vocab_size, (batch, tokens), device=model.device)
     positions = torch.arange(tokens, device=model.device)[None]
     return _median(lambda: _logits(model, ids, positions, [None] * len(model.model.layers)), 1, cuda)
 

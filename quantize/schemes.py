@@ -119,6 +119,12 @@ def _on_cpu(one: float, eight: float, group_size: int | None = 32) -> Speed:
     return Speed(shape="Qwen3-0.6B", decode=decode, group_size=group_size, base="float32", device="two x86 cores")
 
 
+def _on_gpu(one: float, eight: float, many: float, most: float, group_size: int | None, *, prefill: float) -> Speed:
+    """Of 1, 8, 64 and 256 sequences at a time."""
+    decode = ((1, one), (8, eight), (64, many), (256, most))
+    return Speed(shape="Qwen3-8B", decode=decode, group_size=group_size, prefill=prefill)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """One place the weights can run, their layout there, and the numbers of that layout."""
@@ -213,7 +219,7 @@ def _cpu_and_cuda(
     numbers: Callable[[], Numbers],
     tensor: Callable[[Quantised, torch.dtype], Any],
     cpu: Speed,
-    cuda: Speed | None = None,
+    cuda: Speed,
 ) -> Mapping[str, Target]:
     return _named(
         Target(name="cpu", config=config, numbers=numbers, tensor=tensor, speed=cpu),
@@ -221,10 +227,10 @@ def _cpu_and_cuda(
     )
 
 
-def _int8_int4_targets(cpu: Speed) -> Mapping[str, Target]:
+def _int8_int4_targets(cpu: Speed, cuda: Speed) -> Mapping[str, Target]:
     # torchao stores and computes both alike: the same numbers on either device.
     numbers, tensor = _numbers("integers", "INT8_INT4"), _tensor("intx_tensor", bits=4, int8_activations=True)
-    return _cpu_and_cuda(_int8_int4_config, numbers, tensor, cpu)
+    return _cpu_and_cuda(_int8_int4_config, numbers, tensor, cpu, cuda)
 
 
 _GROUPS = (32, 64, 128, 256)
@@ -234,7 +240,7 @@ _ALL = (
         name="int8-int4",
         summary="int8 dynamic activations (per token), int4 weights (per group): phones and CPUs",
         bits=4,
-        targets=_int8_int4_targets(_on_cpu(0.27, 0.54)),
+        targets=_int8_int4_targets(_on_cpu(0.27, 0.54), _on_gpu(0.47, 0.47, 0.51, 0.58, 32, prefill=0.90)),
         group_size=32,
         group_sizes=_GROUPS,
     ),
@@ -242,7 +248,7 @@ _ALL = (
         name="int8-int4-mobile",
         summary="int8-int4, with lm_head in int4 and the untied embedding in int8: the mobile releases' recipe",
         bits=4,
-        targets=_int8_int4_targets(_on_cpu(0.09, 0.17)),
+        targets=_int8_int4_targets(_on_cpu(0.09, 0.17), _on_gpu(0.28, 0.29, 0.32, 0.39, 32, prefill=0.85)),
         group_size=32,
         group_sizes=_GROUPS,
         embedding=_intx_target(8, "embedding"),
@@ -264,11 +270,7 @@ _ALL = (
                 # Measured: 0.0001 to 0.0009 over 2,400 samples, 0.006 over 64 (docs/RESULTS.md): a last bit here and
                 # there is noise whose mean shrinks with the samples, and a run may have few.
                 max_gap_nats=0.01,
-                speed=Speed(
-                    shape="Qwen3-8B",
-                    decode=((1, 1.91), (8, 1.14), (64, 0.25), (256, 0.10)),
-                    group_size=128,
-                ),
+                speed=_on_gpu(1.90, 1.13, 0.25, 0.09, 128, prefill=0.05),
             ),
             # The others are asked for by name: --qat int4 on a laptop is meant for a server, and without mslk at that.
             Target(
@@ -282,9 +284,16 @@ _ALL = (
                 group_sizes=(64, 128, 256),  # with groups of 32 mslk 1.1.0 computes something else, silently: 48% off
                 max_output_error=0.0005,
                 max_gap_nats=0.01,
+                speed=_on_gpu(0.95, 0.94, 0.92, 0.85, 128, prefill=0.93),
             ),
             _intx_target(4, "cpu", by_request=True, speed=_on_cpu(0.31, 0.33, 128)),
-            _intx_target(4, "cuda", by_request=True, needs=("cuda>=7.0",)),
+            _intx_target(
+                4,
+                "cuda",
+                by_request=True,
+                needs=("cuda>=7.0",),
+                speed=_on_gpu(0.49, 0.49, 0.53, 0.61, 128, prefill=0.95),
+            ),
         ),
         group_size=128,
         group_sizes=_GROUPS,
@@ -294,13 +303,25 @@ _ALL = (
             name=f"int{bits}",
             summary=f"int{bits} weights only (per group, Intx): {what}",
             bits=bits,
-            targets=_named(_intx_target(bits, "cpu", speed=cpu), _intx_target(bits, "cuda", needs=("cuda>=7.0",))),
+            targets=_named(
+                _intx_target(bits, "cpu", speed=cpu), _intx_target(bits, "cuda", needs=("cuda>=7.0",), speed=cuda)
+            ),
             group_size=32,
             group_sizes=_GROUPS,
         )
-        for bits, what, cpu in (
-            (3, "small models where 4 bits are too many", _on_cpu(0.21, 0.27)),
-            (2, "research; needs QAT to be of use", _on_cpu(0.25, 0.42)),
+        for bits, what, cpu, cuda in (
+            (
+                3,
+                "small models where 4 bits are too many",
+                _on_cpu(0.21, 0.27),
+                _on_gpu(0.48, 0.49, 0.53, 0.61, 32, prefill=0.96),
+            ),
+            (
+                2,
+                "research; needs QAT to be of use",
+                _on_cpu(0.25, 0.42),
+                _on_gpu(0.48, 0.49, 0.53, 0.60, 32, prefill=1.00),
+            ),
         )
     ),
     Scheme(
@@ -312,7 +333,8 @@ _ALL = (
             _numbers("integers", "INT8_ROWS"),
             _tensor("int8_tensor"),
             _on_cpu(0.94, 0.61, None),
-            Speed(shape="Qwen3-4B", decode=((1, 0.11), (8, 0.05), (64, 0.01))),
+            # Eager: torch.compile makes something far slower of this layer (docs/RESULTS.md).
+            _on_gpu(0.24, 0.23, 0.25, 0.31, None, prefill=0.60),
         ),
         group_size=None,
     ),
@@ -327,7 +349,7 @@ _ALL = (
                 "FP8",
                 "TORCH",
                 needs=("cuda>=8.9",),
-                speed=Speed(shape="Qwen3-4B", decode=((1, 1.00), (8, 1.01), (64, 1.00), (256, 1.01))),
+                speed=_on_gpu(1.14, 1.13, 1.12, 1.13, None, prefill=1.52),
             ),
             # Faster, with numbers of its own.
             _fp8_target(
@@ -336,7 +358,7 @@ _ALL = (
                 "MSLK",
                 needs=("cuda>=9.0", "mslk"),
                 by_request=True,
-                speed=Speed(shape="Qwen3-8B", decode=((1, 1.32), (8, 1.29), (64, 1.23), (256, 1.10))),
+                speed=_on_gpu(1.31, 1.29, 1.24, 1.12, None, prefill=1.46),
             ),
         ),
         group_size=None,
@@ -356,6 +378,7 @@ _ALL = (
                 # The kernel keeps fewer bits of its running sum than float32 has; measured: 0.003.
                 max_output_error=0.004,
                 max_gap_nats=0.03,
+                speed=_on_gpu(0.81, 0.86, 0.87, 0.72, 128, prefill=1.22),
             )
         ),
         group_size=128,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -260,10 +260,12 @@ def test_a_simulated_report_ends_with_the_finishing_command() -> None:
     assert "What is missing" not in render_markdown(build(), ReportContext(run="demo"))
 
 
-def test_the_report_says_for_which_batches_the_format_pays() -> None:
+def test_the_report_says_for_which_batches_the_format_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     known = SCHEMES["int4"].targets["cuda-sm80"].speed
     text = render_markdown(build(scheme="int4", target="cuda-sm80"), ReportContext(run="x"))
     assert f"decoding with int4 on cuda-sm80: {known}" in text
+    new = replace(SCHEMES["int3"], targets={"cuda": replace(SCHEMES["int3"].targets["cuda"], speed=None)})
+    monkeypatch.setattr("quantize.report.SCHEMES", {"int3": new})
     unknown = render_markdown(build(scheme="int3", target="cuda"), ReportContext(run="x"))
     assert "decoding with int3 on cuda: speed not measured" in unknown
     assert "decoding with" not in render_markdown(nothing(), ReportContext(run="x"))
