@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from quantize.errors import UserError
-from quantize.speed import Speed
+from quantize.speed import Speed, on_cpu, on_gpu
 
 if TYPE_CHECKING:
     import torch
@@ -111,18 +111,6 @@ def _fp8_target(name: str, numbers: str, kernel: str, **options: Any) -> Target:
         multiple=16,
         **options,
     )
-
-
-def _on_cpu(one: float, eight: float, group_size: int | None = 32) -> Speed:
-    """Of one sequence and of eight at a time."""
-    decode = ((1, one), (8, eight))
-    return Speed(shape="Qwen3-0.6B", decode=decode, group_size=group_size, base="float32", device="two x86 cores")
-
-
-def _on_gpu(one: float, eight: float, many: float, most: float, group_size: int | None, *, prefill: float) -> Speed:
-    """Of 1, 8, 64 and 256 sequences at a time."""
-    decode = ((1, one), (8, eight), (64, many), (256, most))
-    return Speed(shape="Qwen3-8B", decode=decode, group_size=group_size, prefill=prefill)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +228,7 @@ _ALL = (
         name="int8-int4",
         summary="int8 dynamic activations (per token), int4 weights (per group): phones and CPUs",
         bits=4,
-        targets=_int8_int4_targets(_on_cpu(0.27, 0.54), _on_gpu(0.47, 0.47, 0.51, 0.58, 32, prefill=0.90)),
+        targets=_int8_int4_targets(on_cpu(0.27, 0.54), on_gpu(0.47, 0.47, 0.51, 0.58, 32, prefill=0.90)),
         group_size=32,
         group_sizes=_GROUPS,
     ),
@@ -248,7 +236,7 @@ _ALL = (
         name="int8-int4-mobile",
         summary="int8-int4, with lm_head in int4 and the untied embedding in int8: the mobile releases' recipe",
         bits=4,
-        targets=_int8_int4_targets(_on_cpu(0.09, 0.17), _on_gpu(0.28, 0.29, 0.32, 0.39, 32, prefill=0.85)),
+        targets=_int8_int4_targets(on_cpu(0.09, 0.17), on_gpu(0.28, 0.29, 0.32, 0.39, 32, prefill=0.85)),
         group_size=32,
         group_sizes=_GROUPS,
         embedding=_intx_target(8, "embedding"),
@@ -270,7 +258,7 @@ _ALL = (
                 # Measured: 0.0001 to 0.0009 over 2,400 samples, 0.006 over 64 (docs/RESULTS.md): a last bit here and
                 # there is noise whose mean shrinks with the samples, and a run may have few.
                 max_gap_nats=0.01,
-                speed=_on_gpu(1.90, 1.13, 0.25, 0.09, 128, prefill=0.05),
+                speed=on_gpu(1.90, 1.13, 0.25, 0.09, 128, prefill=0.05),
             ),
             # The others are asked for by name: --qat int4 on a laptop is meant for a server, and without mslk at that.
             Target(
@@ -284,15 +272,15 @@ _ALL = (
                 group_sizes=(64, 128, 256),  # with groups of 32 mslk 1.1.0 computes something else, silently: 48% off
                 max_output_error=0.0005,
                 max_gap_nats=0.01,
-                speed=_on_gpu(0.95, 0.94, 0.92, 0.85, 128, prefill=0.93),
+                speed=on_gpu(0.95, 0.94, 0.92, 0.85, 128, prefill=0.93),
             ),
-            _intx_target(4, "cpu", by_request=True, speed=_on_cpu(0.31, 0.33, 128)),
+            _intx_target(4, "cpu", by_request=True, speed=on_cpu(0.31, 0.33, 128)),
             _intx_target(
                 4,
                 "cuda",
                 by_request=True,
                 needs=("cuda>=7.0",),
-                speed=_on_gpu(0.49, 0.49, 0.53, 0.61, 128, prefill=0.95),
+                speed=on_gpu(0.49, 0.49, 0.53, 0.61, 128, prefill=0.95),
             ),
         ),
         group_size=128,
@@ -313,14 +301,14 @@ _ALL = (
             (
                 3,
                 "small models where 4 bits are too many",
-                _on_cpu(0.21, 0.27),
-                _on_gpu(0.48, 0.49, 0.53, 0.61, 32, prefill=0.96),
+                on_cpu(0.21, 0.27),
+                on_gpu(0.48, 0.49, 0.53, 0.61, 32, prefill=0.96),
             ),
             (
                 2,
                 "research; needs QAT to be of use",
-                _on_cpu(0.25, 0.42),
-                _on_gpu(0.48, 0.49, 0.53, 0.60, 32, prefill=1.00),
+                on_cpu(0.25, 0.42),
+                on_gpu(0.48, 0.49, 0.53, 0.60, 32, prefill=1.00),
             ),
         )
     ),
@@ -332,9 +320,9 @@ _ALL = (
             _int8_config,
             _numbers("integers", "INT8_ROWS"),
             _tensor("int8_tensor"),
-            _on_cpu(0.94, 0.61, None),
-            # Eager: torch.compile makes something far slower of this layer (docs/RESULTS.md).
-            _on_gpu(0.24, 0.23, 0.25, 0.31, None, prefill=0.60),
+            on_cpu(0.94, 0.61, None),
+            # torch.compile makes something far slower of this layer (docs/RESULTS.md).
+            on_gpu(0.24, 0.23, 0.25, 0.31, None, prefill=0.60, compiled=False),
         ),
         group_size=None,
     ),
@@ -349,7 +337,7 @@ _ALL = (
                 "FP8",
                 "TORCH",
                 needs=("cuda>=8.9",),
-                speed=_on_gpu(1.14, 1.13, 1.12, 1.13, None, prefill=1.52),
+                speed=on_gpu(1.14, 1.13, 1.12, 1.13, None, prefill=1.52),
             ),
             # Faster, with numbers of its own.
             _fp8_target(
@@ -358,7 +346,7 @@ _ALL = (
                 "MSLK",
                 needs=("cuda>=9.0", "mslk"),
                 by_request=True,
-                speed=_on_gpu(1.31, 1.29, 1.24, 1.12, None, prefill=1.46),
+                speed=on_gpu(1.31, 1.29, 1.24, 1.12, None, prefill=1.46),
             ),
         ),
         group_size=None,
@@ -378,7 +366,7 @@ _ALL = (
                 # The kernel keeps fewer bits of its running sum than float32 has; measured: 0.003.
                 max_output_error=0.004,
                 max_gap_nats=0.03,
-                speed=_on_gpu(0.81, 0.86, 0.87, 0.72, 128, prefill=1.22),
+                speed=on_gpu(0.81, 0.86, 0.87, 0.72, 128, prefill=1.22),
             )
         ),
         group_size=128,

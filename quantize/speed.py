@@ -23,6 +23,8 @@ class Speed:
     base: str = "bf16"
     """What the unquantised model computes in."""
     device: str = "one H100"
+    compiled: bool = True
+    """False = without torch.compile, where the layer is slower with it."""
 
     def __str__(self) -> str:
         """One line: for which batch sizes it pays."""
@@ -34,4 +36,19 @@ class Speed:
         if self.prefill is not None:
             parts.append(f"prefill {self.prefill:.2f}x")
         groups = "" if self.group_size is None else f", groups of {self.group_size}"
-        return f"{'; '.join(parts)} ({self.shape}{groups}, in torch on {self.device})"
+        how = "" if self.compiled else ", without torch.compile"
+        return f"{'; '.join(parts)} ({self.shape}{groups}, in torch on {self.device}{how})"
+
+
+def on_cpu(one: float, eight: float, group_size: int | None = 32) -> Speed:
+    """Of one sequence and of eight at a time."""
+    decode = ((1, one), (8, eight))
+    return Speed(shape="Qwen3-0.6B", decode=decode, group_size=group_size, base="float32", device="two x86 cores")
+
+
+def on_gpu(
+    one: float, eight: float, many: float, most: float, group_size: int | None, *, prefill: float, compiled: bool = True
+) -> Speed:
+    """Of 1, 8, 64 and 256 sequences at a time."""
+    decode = ((1, one), (8, eight), (64, many), (256, most))
+    return Speed(shape="Qwen3-8B", decode=decode, group_size=group_size, prefill=prefill, compiled=compiled)

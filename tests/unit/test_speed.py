@@ -26,14 +26,15 @@ def _measured(scheme: str, target: str, speed: Speed) -> dict[tuple[str, int], f
     names = {f"{scheme}@{target}"}
     if target == next(name for name in SCHEMES[scheme].targets if place in name):
         names.add(scheme)  # what benchmarks/decode.py takes where none is named
-    names |= {f"{name}+eager" for name in names}
+    if not speed.compiled:
+        names = {f"{name}+eager" for name in names}
     device = {"one H100": "NVIDIA H100", "two x86 cores": "cpu, 2 threads"}[speed.device]
     found: dict[tuple[str, int], float] = {}
     base: dict[tuple[str | None, str, int], float] = {}
     for line in map(json.loads, LINES.read_text().splitlines()):
         if line["shape"] != speed.shape.lower() or not line["device"].startswith(device):
             continue
-        if line.get("tokens", 4096) != 4096:
+        if line.get("tokens", 4096) != 4096:  # other prompts, in docs/RESULTS.md alone
             continue
         assert line["layers"] == {"qwen3-0.6b": 28, "qwen3-4b": 36, "qwen3-8b": 36}[line["shape"]]
         key, run = (line["what"], line["batch"]), line.get("run")
