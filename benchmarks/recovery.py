@@ -398,11 +398,11 @@ class Study:
         jobs: list[Row] = [
             {"kind": "convert", "name": "convert", "source": source, "output": output, "dtype": self.dtype, **names},
             {"kind": "evaluate", "name": "final", "model": output, "dtype": None, "data": str(table),
-             "batch_size": self.config.eval.batch_size, "scores": str(home / "final.npz"),
+             "batch_size": self.config.eval.batch_size, "scores": str(home / "final.parquet"),
              "reference": reference, "reference_dtype": self.dtype},
         ]  # fmt: skip
         run_jobs(jobs, home / "request.json")
-        scores = Scores.load(home / "final.npz")
+        scores = Scores.load(home / "final.parquet")
         trained = json.loads((home / "trained.json").read_text())["trained"]
         remove_folder(home)
         row = by_split(scores)

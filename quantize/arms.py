@@ -71,14 +71,20 @@ def format_points(interval: Mapping[str, float | None]) -> str:
     return _with_interval(interval, 100, 1)
 
 
+def format_value(interval: Mapping[str, float | None], digits: int, *, factor: float = 1) -> str:
+    """A value that is no difference, `0.0120 [0.0101, 0.0142]`; a dash where unknown."""
+    return _with_interval(interval, factor, digits, sign="")
+
+
 def format_size(mib: float | None) -> str:
     """MiB, a dash where unknown."""
     return "-" if mib is None else f"{mib:,.1f}"
 
 
-def _with_interval(interval: Mapping[str, float | None], factor: float, digits: int) -> str:
+def _with_interval(interval: Mapping[str, float | None], factor: float, digits: int, sign: str = "+") -> str:
     value, low, high = interval["value"], interval["low"], interval["high"]
     if value is None:
         return "-"
-    bounds = "" if low is None or high is None else f" [{low * factor:+.{digits}f}, {high * factor:+.{digits}f}]"
-    return f"{value * factor:+.{digits}f}{bounds}"
+    style = f"{sign}.{digits}f"
+    bounds = "" if low is None or high is None else f" [{low * factor:{style}}, {high * factor:{style}}]"
+    return f"{value * factor:{style}}{bounds}"

@@ -7,12 +7,9 @@ layers, files and models are the user's.
 from __future__ import annotations
 
 import html
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-_CURVE_POINTS = 600  # more than the picture has pixels helps nobody and makes the page heavy
 
 
 @dataclass(frozen=True)
@@ -55,13 +52,22 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Loss over training steps: a picture in HTML, one line of text in Markdown."""
+class Figure:
+    """A picture: a file beside the Markdown, and the same as an SVG element to set into the page."""
 
-    points: Sequence[tuple[float, float]]  # (step, loss)
+    file: str
+    caption: str
+    svg: str
 
 
-Block = Heading | Paragraph | Items | Code | Table | Curve
+@dataclass(frozen=True)
+class Figures:
+    """Pictures, side by side where the page is wide."""
+
+    figures: Sequence[Figure]
+
+
+Block = Heading | Paragraph | Items | Code | Table | Figures
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:
@@ -94,10 +100,8 @@ def _markdown(block: Block) -> str:
             rules = ["---:" if column in numeric else "---" for column in range(len(header))]
             cells = [[_escape(cell) for cell in header], rules, *([_escape(cell) for cell in row] for row in rows)]
             return "\n".join(f"| {' | '.join(row)} |" for row in cells)
-        case Curve(points):
-            first_last = _finite(points)[:1] + _finite(points)[-1:]
-            said = ", ".join(f"{loss:.4f} at step {step:g}" for step, loss in first_last)
-            return f"Training loss: {said} (curve in report.html)." if said else ""
+        case Figures(figures):
+            return "\n\n".join(f"![{_escape(each.caption)}]({each.file})" for each in figures)
 
 
 # Only what would act as Markdown: an underscore inside a word or a bracket without a target is left readable.
@@ -126,42 +130,13 @@ def _html(block: Block) -> str:
                 for row in rows
             )
             return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        case Curve(points):
-            return _svg(_finite(points))
+        case Figures(figures):
+            each = (f"<figure>{one.svg}<figcaption>{html.escape(one.caption)}</figcaption></figure>" for one in figures)
+            return f'<div class="figures">{"".join(each)}</div>'
 
 
 def _cell(tag: str, text: str, numeric: bool) -> str:
     return f"<{tag}{' class=number' if numeric else ''}>{html.escape(text)}</{tag}>"
-
-
-def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    return [(step, loss) for step, loss in points if math.isfinite(step) and math.isfinite(loss)]
-
-
-def _svg(points: Sequence[tuple[float, float]]) -> str:
-    """The curve with its extremes written at the axes; viewBox scales it to any width."""
-    if len(points) < 2:
-        return ""
-    stride = math.ceil(len(points) / _CURVE_POINTS)
-    shown = [*points[:-1:stride], points[-1]]
-    steps, losses = [step for step, _ in shown], [loss for _, loss in shown]
-    left, top, width, height = 64.0, 12.0, 560.0, 200.0
-    x_low, x_span = steps[0], (steps[-1] - steps[0]) or 1.0
-    y_high, y_span = max(losses), (max(losses) - min(losses)) or 1.0
-    line = " ".join(
-        f"{left + width * (step - x_low) / x_span:.1f},{top + height * (y_high - loss) / y_span:.1f}"
-        for step, loss in shown
-    )
-    bottom, right = top + height, left + width
-    return (
-        f'<svg viewBox="0 0 640 250" role="img" aria-label="training loss over steps">'
-        f'<path d="M{left} {top}V{bottom}H{right}" class="axis"/><polyline points="{line}" class="curve"/>'
-        f'<text x="{left - 6}" y="{top + 4}" text-anchor="end">{y_high:.3f}</text>'
-        f'<text x="{left - 6}" y="{bottom + 4}" text-anchor="end">{min(losses):.3f}</text>'
-        f'<text x="{left}" y="{bottom + 18}">{steps[0]:g}</text>'
-        f'<text x="{right}" y="{bottom + 18}" text-anchor="end">{steps[-1]:g}</text>'
-        f'<text x="{left + width / 2}" y="{bottom + 34}" text-anchor="middle">training loss by step</text></svg>'
-    )
 
 
 _CSS = """
@@ -174,7 +149,9 @@ table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #8884; text-align: left; vertical-align: top; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 pre { overflow-x: auto; padding: .75rem; background: #8882; border-radius: .25rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
+.figures { gap: 1.5rem; margin: 1.5rem 0; }
+figure { margin: 0; } figcaption { font-size: .85rem; opacity: .8; }
 svg { width: 100%; height: auto; }
-svg text { font-size: 12px; fill: currentColor; }
-.axis { fill: none; stroke: currentColor; opacity: .5; } .curve { fill: none; stroke: #4a7dbd; stroke-width: 1.5; }
+@media (prefers-color-scheme: dark) { svg { filter: invert(1) hue-rotate(180deg); } }
 """

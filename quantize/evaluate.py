@@ -1,4 +1,4 @@
-"""Teacher-forced evaluation on answer tokens: loss, exact match, KL divergence.
+"""Teacher-forced evaluation on answer tokens: loss, exact match, KL divergence and agreement with a reference.
 
 Exact match needs no generation: greedy output equals the answer exactly when every teacher-forced argmax is right, the
 end-of-turn token included. Shapes: `S` samples, `B` batch, `T` tokens, `V` vocabulary.
@@ -6,7 +6,7 @@ end-of-turn token included. Shapes: `S` samples, `B` batch, `T` tokens, `V` voca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+TEXTS = ("prompt", "answer", "greedy_text")
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,16 @@ class Scores:
         tokens: (S,) int64, number of answer tokens.
         exact: (S,) bool, every answer token is the argmax.
         kl: (S,) float64 sum of KL(reference || model) over answer tokens, in nats; None without a reference.
+        top1: (S,) int64 number of answer tokens whose argmax is the reference's; None without a reference.
+        greedy: (S) lists of the argmax at each answer token, each predicted from the tokens that are right.
     """
 
     nll: np.ndarray
     tokens: np.ndarray
     exact: np.ndarray
     kl: np.ndarray | None = None
+    top1: np.ndarray | None = None
+    greedy: Sequence[Sequence[int]] | None = None
 
     @property
     def loss(self) -> float:
@@ -50,21 +56,50 @@ class Scores:
         """Mean KL divergence in nats per answer token."""
         return None if self.kl is None else float(self.kl.sum() / self.tokens.sum())
 
-    def save(self, path: Path) -> None:
-        """Writes an .npz; `load` reads it back."""
+    def save(self, path: Path, texts: Mapping[str, Sequence[str]] | None = None) -> None:
+        """Writes a parquet file with a row for each sample, `texts` as further columns; `load` reads the numbers back.
+
+        Columns are the attributes: those that are None are left out.
+        """
+        import pyarrow
+        import pyarrow.parquet
+
+        columns: dict[str, Any] = {name: getattr(self, name) for name in ("nll", "tokens", "exact", "kl", "top1")}
+        if self.greedy is not None:
+            columns["greedy"] = pyarrow.array([list(row) for row in self.greedy], pyarrow.list_(pyarrow.int32()))
+        table = {name: column for name, column in columns.items() if column is not None} | dict(texts or {})
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays: dict[str, Any] = {"nll": self.nll, "tokens": self.tokens, "exact": self.exact}
-        temporary = path.with_suffix(".tmp.npz")
-        if self.kl is not None:
-            arrays["kl"] = self.kl
-        np.savez(temporary, allow_pickle=False, **arrays)
+        temporary = path.with_suffix(".tmp")
+        pyarrow.parquet.write_table(pyarrow.table(table), temporary)
         temporary.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Scores:
-        """Reads what `save` wrote."""
-        with np.load(path, allow_pickle=False) as stored:
-            return cls(stored["nll"], stored["tokens"], stored["exact"], stored["kl"] if "kl" in stored else None)
+        """Reads the numbers that `save` wrote, not the texts."""
+        import pyarrow.parquet
+
+        stored = pyarrow.parquet.read_table(path)
+        names = [name for name in ("nll", "tokens", "exact", "kl", "top1") if name in stored.column_names]
+        return cls(**{name: stored[name].to_numpy() for name in names})
+
+
+def read_texts(path: Path) -> dict[str, list[str]]:
+    """The columns of text of a file that `Scores.save` wrote: prompt, answer and greedy_text where it has them."""
+    import pyarrow.parquet
+
+    stored = pyarrow.parquet.read_table(path)
+    return {name: stored[name].to_pylist() for name in TEXTS if name in stored.column_names}
+
+
+def texts_of(samples: Sequence[Sample], scores: Scores, decode: Callable[[Sequence[int]], str]) -> dict[str, list[str]]:
+    """What each sample asks, its answer, and the answer that the model's argmax spells, as text."""
+    prompts, answers = [], []
+    for sample in samples:
+        wanted = [position > 0 and bool(answer) for position, answer in enumerate(sample.loss_mask)]
+        first = wanted.index(True)
+        prompts.append(decode(list(sample.input_ids)[:first]))
+        answers.append(decode([token for token, answer in zip(sample.input_ids, wanted, strict=True) if answer]))
+    return {"prompt": prompts, "answer": answers, "greedy_text": [decode(list(row)) for row in scores.greedy or ()]}
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -100,6 +135,8 @@ def evaluate_model(
     nll, tokens = np.zeros(count), np.zeros(count, dtype=np.int64)
     exact = np.zeros(count, dtype=bool)
     kl = np.zeros(count) if reference is not None else None
+    top1 = np.zeros(count, dtype=np.int64) if reference is not None else None
+    greedy: list[list[int]] = [[] for _ in range(count)]
     done = 0
     for chosen, ids, attention, mask in batches(samples, batch_size):
         ids, attention, mask = ids.to(device), attention.to(device), mask.to(device)
@@ -108,19 +145,23 @@ def evaluate_model(
         log_probs = _log_probs(model, ids, attention, positions)  # (B, P, V)
         targets = ids[:, positions]
         picked = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        right = (log_probs.argmax(-1) == targets) | ~wanted
+        best = log_probs.argmax(-1)  # (B, P)
+        right = (best == targets) | ~wanted
         nll[chosen] = -(picked.double() * wanted).sum(1).cpu().numpy()
         tokens[chosen] = wanted.sum(1).cpu().numpy()
         exact[chosen] = right.all(1).cpu().numpy()
-        if kl is not None and reference is not None:
+        for row, index in enumerate(chosen):
+            greedy[index] = best[row][wanted[row]].tolist()
+        if kl is not None and top1 is not None and reference is not None:
             expected = _log_probs(reference, ids, attention, positions)
             divergence = (expected.exp() * (expected - log_probs)).sum(-1).double()
             kl[chosen] = (divergence * wanted).sum(1).cpu().numpy()
+            top1[chosen] = ((expected.argmax(-1) == best) & wanted).sum(1).cpu().numpy()
         done += len(chosen)
         if progress is not None:
             progress(done, count)
     model.train(was_training)
-    return Scores(nll, tokens, exact, kl)
+    return Scores(nll, tokens, exact, kl, top1, greedy)
 
 
 def _log_probs(model: nn.Module, ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,23 @@ def write_report(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, A
     """Writes metrics.json, report.md and report.html.
 
     Args:
-        folder: run directory with eval/<arm>.npz.
+        folder: run directory with eval/<arm>.parquet.
         gathered: measurements by step; see `train.stages.Stages.report`.
 
     Returns:
         The metrics and the text of report.md.
     """
     from quantize.evaluate import Scores
+    from quantize.plots import draw_plots
     from quantize.report import ReportContext, render_html, render_markdown
+    from quantize.samples import worst_samples
+    from quantize.tasks import load_rows
 
     chosen = gathered["format"]
     wanted = set(_ARMS) if gathered["control"] else set(_ARMS) - {"control", "ptq"}
     wanted -= set() if chosen else {"base_quantized", "ptq", "final"}
-    arms = {name: Scores.load(folder / "eval" / f"{name}.npz") for name in _ARMS if name in wanted}
+    arms = {name: Scores.load(folder / "eval" / f"{name}.parquet") for name in _ARMS if name in wanted}
+    tasks = {name: load_rows(task_rows_path(folder, name)) for name in arms} if gathered["tasks"] else {}
     final = gathered["final"]
     simulated = bool(chosen and not gathered["shipped"])
     metrics = build_metrics(
@@ -44,8 +49,7 @@ def write_report(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, A
         why=_reasons(gathered),
         train_ship_gap=_train_ship_gap(gathered),
         backend_gap=_backend_gap(gathered),
-        kl=final.get("kl"),
-        kl_reference=("control" if gathered["control"] else "tuned") if final else None,
+        reference=("control" if gathered["control"] else "tuned") if final else None,
         size=_sizes(folder, gathered),
         coverage=_coverage(gathered),
         scheme=chosen["scheme"] if chosen else None,
@@ -53,7 +57,10 @@ def write_report(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, A
         simulated=simulated,
         missing=chosen["missing"] if chosen and simulated else (),
         finish_command=_finish_command(folder, chosen["target"]) if simulated else None,
+        task_rows=tasks,
+        layers=final.get("layers"),
     )
+    losses = {arm: [(step, loss) for step, loss in points] for arm, points in gathered["losses"].items()}
     context = ReportContext(
         run=gathered["run"],
         command=gathered["command"],
@@ -63,8 +70,13 @@ def write_report(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, A
         versions=gathered["versions"],
         device=gathered["device"],
         seconds=gathered["seconds"],
-        losses=[(step, loss) for step, loss in gathered["losses"]],
+        losses=losses,
+        worst=worst_samples(folder / "eval", arms, tasks),
+        plots=draw_plots(metrics, losses),
     )
+    (folder / "plots").mkdir(exist_ok=True)
+    for plot in context.plots:
+        (folder / "plots" / f"{plot.name}.png").write_bytes(plot.png)
     text = render_markdown(metrics, context)
     write_atomically(folder / "gathered.json", json.dumps(gathered, indent=1))
     write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False))
@@ -108,6 +120,7 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
     gathered["dtype"] = picked.dtype or gathered["dtype"]
     reference = folder / ("control/merged" if gathered["control"] else "merged")
     common = {"data": str(folder / "data" / "eval.parquet"), "batch_size": gathered["batch_size"]}
+    tasks = {"tasks": gathered["tasks"], "task_rows": str(task_rows_path(folder, "final"))} if gathered["tasks"] else {}
     trust = {"trust_remote_code": gathered["trust_remote_code"]}
     format_job = {key: chosen[key] for key in ("scheme", "target", "group_size")}
     inside = bool(gathered["qat"]) and not _outside(gathered)
@@ -116,24 +129,39 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
     grid = {"grid": str(folder / "grid")} if inside else {}
     evaluate = {"kind": "evaluate", "dtype": gathered["dtype"], "reference": str(reference), **common, **trust}
     fake_job = {**evaluate, "name": "fake", "model": str(folder / "merged"), "simulate": format_job,
-                "scores": str(folder / "eval" / "fake.npz"), **grid}  # fmt: skip
+                "scores": str(folder / "eval" / "fake.parquet"), **grid}  # fmt: skip
     jobs: list[dict[str, Any]] = [
         {"kind": "convert", "name": "convert", "source": str(folder / "merged"), "output": str(folder / "quantized"),
          "dtype": gathered["dtype"], **format_job, **trust, **grid},
         fake_job,
         {**evaluate, "name": "final", "model": str(folder / "quantized"), "dtype": None,
-         "scores": str(folder / "eval" / "final.npz")},
+         "scores": str(folder / "eval" / "final.parquet"), **tasks},
+        {**evaluate, "kind": "measure", "name": "layers", "model": str(folder / "merged"), "format": format_job,
+         "shipped": str(folder / "quantized")},
     ]  # fmt: skip
-    shipped, fake, final = run_jobs(jobs, folder / "eval" / "finish.request.json", progress)
+    shipped, fake, final, layers = run_jobs(jobs, folder / "eval" / "finish.request.json", progress)
     if grid:
         compare = {**fake_job, "kind": "compare", "name": "compare", "shipped": str(folder / "quantized")}
         request = folder / "eval" / "compare.request.json"
         check_gap(
             fake["loss"] - final["loss"], find_scheme(chosen["scheme"]), picked, lambda: run_jobs([compare], request)[0]
         )
-    gathered |= {"format": chosen, "shipped": shipped, "final": final}
+    gathered |= {"format": chosen, "shipped": shipped, "final": final | {"layers": layers}}
     gathered["arms"]["fake"] = fake
     return write_report(folder, gathered)[0]
+
+
+def task_rows_path(folder: Path, arm: str) -> Path:
+    """Where an arm's results on tasks lie in a run directory."""
+    return folder / "eval" / f"{arm}.tasks.parquet"
+
+
+def copy_atomically(source: Path, target: Path) -> None:
+    """Copies a file so that a reader sees the old or the new one, never a part."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.copyfile(source, temporary)
+    temporary.replace(target)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantize.layer_health import compare_outputs
 from quantize.schemes import Scheme, Target
 
 
@@ -34,7 +35,6 @@ def check_gap(
     )
 
 
-@torch.inference_mode()
 def layer_differences(
     trained: nn.Module, shipped: nn.Module, layers: Sequence[str], inputs: Mapping[str, Any]
 ) -> list[tuple[str, float]]:
@@ -47,35 +47,13 @@ def layer_differences(
     Returns:
         (layer, |real - simulated| / |simulated|), Euclidean norms over the batch.
     """
-    seen: dict[str, Tensor] = {}
     found: dict[str, float] = {}
 
-    def remember(name: str) -> Any:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            seen[name] = arguments[0]
+    def visit(name: str, given: Tensor, simulated: Tensor, real: Tensor) -> None:
+        scale = simulated.double().norm().clamp(min=1e-30)
+        found[name] = float((real.double() - simulated.double()).norm() / scale)
 
-        return hook
-
-    def compare(name: str) -> Any:
-        def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
-            layer: Any = shipped.get_submodule(name)
-            given = seen.pop(name)  # token ids, for an embedding
-            real = layer(given.to(layer.weight.dtype) if given.is_floating_point() else given)
-            scale = output.double().norm().clamp(min=1e-30)
-            found[name] = float((real.double() - output.double()).norm() / scale)
-
-        return hook
-
-    handles = []
-    for name in layers:
-        module = trained.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(remember(name), prepend=True))
-        handles.append(module.register_forward_hook(compare(name)))
-    try:
-        trained(**inputs, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    compare_outputs(trained, shipped, layers, inputs, visit)
     return sorted(found.items(), key=lambda item: -item[1])
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from quantize.errors import UserError
 from quantize.statistics import (
+    Interval,
     accuracy_interval,
     loss_interval,
     mcnemar,
@@ -22,6 +23,7 @@ from quantize.statistics import (
     paired_loss_difference,
     recovered_interval,
 )
+from quantize.task_metrics import Rows, task_metrics
 
 ARMS = ("base", "base_quantized", "control", "ptq", "tuned", "final")
 COMPARISONS = (("final", "ptq"), ("final", "control"), ("final", "base"), ("final", "tuned"), ("ptq", "control"))
@@ -43,6 +45,10 @@ class ScoresLike(Protocol):
     def tokens(self) -> NDArray[np.int64]: ...  # [S] answer tokens
     @property
     def exact(self) -> NDArray[np.bool_]: ...  # [S] every teacher-forced argmax is right, the end token included
+    @property
+    def kl(self) -> NDArray[np.float64] | None: ...  # [S] KL(reference || arm) in nats, summed over answer tokens
+    @property
+    def top1(self) -> NDArray[np.int64] | None: ...  # [S] answer tokens whose argmax is the reference's
 
 
 Arms = Mapping[str, ScoresLike | None]
@@ -54,8 +60,7 @@ def build_metrics(
     why: Mapping[str, str],
     train_ship_gap: float | None,
     backend_gap: float | None,
-    kl: float | None,
-    kl_reference: str | None,
+    reference: str | None,
     size: Mapping[str, Any],
     coverage: Mapping[str, Any],
     scheme: str | None,
@@ -63,6 +68,8 @@ def build_metrics(
     simulated: bool,
     missing: Sequence[str] = (),
     finish_command: str | None = None,
+    task_rows: Rows | None = None,
+    layers: Mapping[str, Mapping[str, float | None]] | None = None,
 ) -> dict[str, Any]:
     """Everything that metrics.json holds.
 
@@ -71,22 +78,24 @@ def build_metrics(
         why: reasons for what is null, by dotted key; a key speaks for all below it (`control` for `control.loss`).
         train_ship_gap: loss of the final fake-quantised weights in the plain graph minus `final.loss`.
         backend_gap: loss in the training backend's own graph minus that in the plain graph.
-        kl: KL(reference || final), nats per answer token.
-        kl_reference: the arm that `kl` refers to.
+        reference: the arm from which the KL divergence and the agreement of ptq and final are measured.
         size: some of `SIZES`.
         coverage: `quantized_fraction` (share of the layers' weights) and `skipped` (layer name: reason).
         scheme, target: as shipped; None where nothing is quantised.
         simulated: this machine cannot run the target, so quantised arms come from fake quantisation.
         missing: what keeps this machine from the target, in words.
         finish_command: what completes the run where the target can run.
+        task_rows: results on tasks by arm.
+        layers: by layer the fields of `quantize.layer_health.LayerHealth`.
 
     Raises:
-        UserError: a loss is not finite.
+        UserError: a loss is not finite, or arms were not run on the same samples of a task.
         ValueError: an unknown arm, size or coverage key, or arms that were not scored on the same samples.
     """
     _check(arms, size, coverage)
     count = next((scores.tokens for scores in arms.values() if scores is not None), None)
     recovered = _recovered(arms)
+    tasks, tasks_mean, no_task = task_metrics(task_rows or {}, ARMS, COMPARISONS)
     metrics: dict[str, Any] = {
         "n_samples": None if count is None else len(count),
         "n_tokens": None if count is None else int(np.sum(count)),
@@ -96,7 +105,11 @@ def build_metrics(
         "backend_gap": _number(backend_gap),
         "recovered": recovered["value"],
         "recovered_interval": {"low": recovered["low"], "high": recovered["high"]},
-        "kl": {"final": _number(kl), "reference": kl_reference, "simulated": simulated and kl is not None},
+        "kl": _distribution(arms, reference, simulated),
+        "tasks": tasks,
+        "tasks_mean": tasks_mean,
+        "sqnr": _sqnr(layers or {}),
+        "layers": {name: dict(health) for name, health in (layers or {}).items()},
         "size": {key: _number(size.get(key)) for key in SIZES},
         "coverage": {
             "quantized_fraction": _number(coverage.get("quantized_fraction")),
@@ -108,16 +121,18 @@ def build_metrics(
         "missing": list(missing),
         "finish_command": finish_command,
     }
-    metrics["why"] = _reasons(metrics, arms, why)
+    metrics["why"] = _reasons(metrics, arms, {**no_task, **why})
     return metrics
 
 
 def flatten(metrics: Mapping[str, Any]) -> dict[str, float | int | bool | str]:
-    """Dotted names of all values that are known: no nulls, no lists, no `why`, no `coverage.skipped` (layer names)."""
+    """Dotted names of all values that are known: no nulls, no lists, no `why`, nothing by layer."""
     return {
         key: value
         for key, value in _leaves(metrics)
-        if value is not None and not isinstance(value, list) and not key.startswith(("why.", "coverage.skipped."))
+        if value is not None
+        and not isinstance(value, list)
+        and not key.startswith(("why.", "coverage.skipped.", "layers."))
     }
 
 
@@ -191,6 +206,38 @@ def _comparison(a: str, b: str, arms: Arms, simulated: bool) -> dict[str, Any]:
     }
 
 
+def _distribution(arms: Arms, reference: str | None, simulated: bool) -> dict[str, Any]:
+    """How far the next-token distributions of the quantised arms are from the reference's, on answer tokens."""
+    found: dict[str, Any] = {"reference": reference, "simulated": False}
+    for name in ("ptq", "final"):
+        scores = arms.get(name)
+        kl, top1 = (None, None) if scores is None or reference is None else (scores.kl, scores.top1)
+        known = scores is not None and kl is not None and top1 is not None
+        interval = loss_interval(kl, scores.tokens) if known else None  # type: ignore[union-attr,arg-type]
+        agreement = loss_interval(top1, scores.tokens) if known else None  # type: ignore[union-attr,arg-type]
+        found[name] = None if interval is None else _number(interval.value)
+        found[f"{name}_interval"] = _bounds(interval)
+        found[f"{name}_top1"] = None if agreement is None else _number(agreement.value)
+        found[f"{name}_top1_interval"] = _bounds(agreement)
+        found["simulated"] = found["simulated"] or (simulated and known)
+    return found
+
+
+def _bounds(interval: Interval | None) -> dict[str, float | None]:
+    return dict(_NO_INTERVAL) if interval is None else {key: interval.as_dict()[key] for key in ("low", "high")}
+
+
+def _sqnr(layers: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
+    """The layers' output SQNR in short: decibels, and the name of the worst."""
+    known = {name: float(health["sqnr_db"]) for name, health in layers.items() if health["sqnr_db"] is not None}
+    worst = min(known, key=known.__getitem__, default=None)
+    return {
+        "median_db": float(np.median(list(known.values()))) if known else None,
+        "worst_db": None if worst is None else known[worst],
+        "worst_layer": worst,
+    }
+
+
 def _recovered(arms: Arms) -> dict[str, float | None]:
     ptq, final, control = (arms.get(name) for name in ("ptq", "final", "control"))
     if ptq is None or final is None or control is None or float(ptq.nll.sum()) <= float(control.nll.sum()):
@@ -232,8 +279,20 @@ def _default_reasons(metrics: Mapping[str, Any], arms: Arms, why: Mapping[str, s
         reasons |= dict.fromkeys(("scheme", "target", "train_ship_gap", "coverage.quantized_fraction"), nothing)
     if not metrics["finish_command"]:
         reasons["finish_command"] = "nothing is left to do"
-    if metrics["kl"]["final"] is None:
-        reasons["kl"] = reasons.get("final", _NOT_MEASURED)
+    for name in ("ptq", "final"):
+        reason = reasons.get(name, _NOT_MEASURED)
+        reasons |= {f"kl.{name}{part}": reason for part in ("", "_interval", "_top1", "_top1_interval")}
+    if metrics["kl"]["reference"] is None:
+        reasons["kl.reference"] = reasons.get("final", _NOT_MEASURED)
+    quantised = (
+        "this layer's output is equal to the last bit" if metrics["layers"] else reasons.get("final", _NOT_MEASURED)
+    )
+    reasons |= {"sqnr": quantised, "layers": quantised}
+    for part in ("tasks_mean", *(f"tasks.{name}" for name in metrics["tasks"])):
+        reasons |= {f"{part}.{arm}": reasons[arm] for arm in absent}
+        for a, b in COMPARISONS:
+            if {a, b} & set(absent):
+                reasons[f"{part}.comparisons.{a}_vs_{b}"] = reasons[f"comparisons.{a}_vs_{b}"]
     if metrics["simulated"]:
         written = "quantized/ is not written on this machine: the target does not run here"
         reasons |= dict.fromkeys((f"size.{key}" for key in ("final_mib", "memory_mib", "bits_per_weight")), written)

@@ -11,38 +11,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantize.arms import (
-    ArmRow,
     arm_rows,
     format_accuracy,
     format_difference,
     format_loss,
     format_points,
     format_size,
+    format_value,
 )
-from quantize.document import Block, Code, Curve, Heading, Items, Paragraph, Table, to_html, to_markdown
-from quantize.metrics import ARMS, build_metrics, flatten, unexplained
+from quantize.document import Block, Code, Figure, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
+from quantize.evidence import layers_section, samples_section, tasks_section
+from quantize.metrics import ARMS
+from quantize.plots import Plot
+from quantize.samples import WorstSample
 from quantize.schemes import SCHEMES
+from quantize.verdict import verdict, why
 
-__all__ = [
-    "ArmRow",
-    "ReportContext",
-    "arm_rows",
-    "build_metrics",
-    "flatten",
-    "format_accuracy",
-    "format_difference",
-    "format_loss",
-    "format_points",
-    "format_size",
-    "render_html",
-    "render_markdown",
-    "unexplained",
-    "verdict",
-]
+__all__ = ["ReportContext", "arm_rows", "render_html", "render_markdown", "verdict"]
 
 Metrics = Mapping[str, Any]
-
-_FEW_SAMPLES = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +44,9 @@ class ReportContext:
         versions: packages by name.
         device: the machine in words.
         seconds: duration by stage.
-        losses: (step, training loss) in order; the HTML page draws them.
+        losses: (step, training loss) in order, by arm.
+        worst: the samples that quantisation hurt most.
+        plots: figures (see `quantize.plots`).
     """
 
     run: str
@@ -68,34 +57,9 @@ class ReportContext:
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    losses: Sequence[tuple[float, float]] = ()
-
-
-def verdict(metrics: Metrics) -> list[str]:
-    """What the run shows, one sentence a finding."""
-    no_ptq = metrics["ptq"]["loss"] is None
-    sentences = [
-        *_finding(metrics, "final", "ptq", "the control quantised after training (ptq)"),
-        *(_finding(metrics, "final", "tuned", "this run before quantisation (tuned)") if no_ptq else ()),
-        *_finding(metrics, "final", "base", "the untouched model (base)"),
-        *_finding(metrics, "ptq", "control", "the unquantised control (control)"),
-    ]
-    if metrics["recovered"] is not None:
-        bounds = metrics["recovered_interval"]
-        known = bounds["low"] is not None
-        interval = f" (95% interval {bounds['low']:.0%} to {bounds['high']:.0%})" if known else ""
-        unclear = "" if known else f"; {_why(metrics, 'recovered_interval.low')}"
-        sentences.append(
-            f"Of the loss that quantisation costs, {metrics['recovered']:.0%} is recovered{interval}{unclear}."
-        )
-    if not sentences:
-        return ["Nothing was compared in this run."]
-    few = metrics["n_samples"] < _FEW_SAMPLES
-    sentences.append(
-        f"Intervals are about the choice of the {metrics['n_samples']} held-out samples, at one training seed"
-        + ("; with so few of them they are rough." if few else ".")
-    )
-    return sentences
+    losses: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+    worst: Sequence[WorstSample] = ()
+    plots: Sequence[Plot] = ()
 
 
 def render_markdown(metrics: Metrics, context: ReportContext) -> str:
@@ -104,42 +68,8 @@ def render_markdown(metrics: Metrics, context: ReportContext) -> str:
 
 
 def render_html(metrics: Metrics, context: ReportContext) -> str:
-    """The text of report.html: the same content and the loss curve, in one file."""
+    """The text of report.html: the same content with its figures, in one file."""
     return to_html(context.run, list(_blocks(metrics, context)))
-
-
-def _finding(metrics: Metrics, first: str, second: str, name: str) -> Iterator[str]:
-    """Loss and accuracy of one arm against another; a difference is claimed only where its interval excludes 0."""
-    compared = metrics["comparisons"][f"{first}_vs_{second}"]
-    if compared["loss"]["value"] is None:
-        return
-    subject = "The shipped model (final" if first == "final" else f"The quantised control ({first}"
-    subject += ", simulated)" if metrics[first]["simulated"] else ")"
-    loss, accuracy = compared["loss"], compared["accuracy"]
-    a, b = metrics[first], metrics[second]
-    values = (
-        f"{format_loss(a['loss'])} against {format_loss(b['loss'])}, {format_difference(loss)} nats per answer token"
-    )
-    words = (
-        _words(loss, "a lower loss than", "a higher loss than") or "a loss that these samples cannot tell from that of"
-    )
-    yield f"{subject} has {words} {name}: {values}, 95% interval in brackets."
-    values = (
-        f"{format_accuracy(a['accuracy'])} against {format_accuracy(b['accuracy'])}, {format_points(accuracy)} points"
-    )
-    words = _words(accuracy, "fewer exact answers than", "more exact answers than")
-    if words and compared["mcnemar_p"] is not None and compared["mcnemar_p"] < 0.05:
-        yield f"It has {words} {name}: {values}, McNemar p = {compared['mcnemar_p']:.2g}."
-    else:
-        yield f"No difference in exact answers is shown against {name}: {values}."
-
-
-def _words(interval: Mapping[str, float | None], below: str, above: str) -> str:
-    """`below` or `above` where the whole interval lies on that side of 0, else nothing."""
-    low, high = interval["low"], interval["high"]
-    if low is None or high is None:
-        return ""
-    return below if high < 0 else above if low > 0 else ""
 
 
 def _blocks(metrics: Metrics, context: ReportContext) -> Iterator[Block]:
@@ -150,10 +80,16 @@ def _blocks(metrics: Metrics, context: ReportContext) -> Iterator[Block]:
             "from the bit-true simulation of the merged model; the shipped checkpoint is not written yet.",
             strong=True,
         )
-    for number, sentence in enumerate(verdict(metrics)):
-        yield Paragraph(sentence, strong=number == 0)
+    first, *others = verdict(metrics)
+    yield Paragraph(first, strong=True)
+    yield Items(others)
     yield from _arms_section(metrics)
+    yield from tasks_section(metrics)
+    if context.plots:
+        yield Figures([Figure(f"plots/{plot.name}.png", plot.caption, plot.svg) for plot in context.plots])
     yield from _gap_section(metrics)
+    yield from layers_section(metrics)
+    yield from samples_section(context.worst)
     yield from _coverage_section(metrics)
     yield from _recipe_section(context)
     if metrics["simulated"] or metrics["missing"]:
@@ -169,7 +105,7 @@ def _arms_section(metrics: Metrics) -> Iterator[Block]:
     rows = arm_rows(metrics)
     if not rows:
         yield Paragraph("No arm was evaluated in this run.")
-        yield Items([f"{name}: {_why(metrics, f'{name}.loss')}" for name in ARMS])
+        yield Items([f"{name}: {why(metrics, f'{name}.loss')}" for name in ARMS])
         return
     counts = f"{metrics['n_samples']} held-out samples, {metrics['n_tokens']} answer tokens"
     yield Paragraph(
@@ -191,7 +127,7 @@ def _arms_section(metrics: Metrics) -> Iterator[Block]:
     ]
     yield Table(header, cells, numeric=frozenset(range(2, 7)))
     yield Paragraph("Control has the layout of tuned, and ptq that of final, so the sizes are shared.")
-    absent = [f"{name}: {_why(metrics, f'{name}.loss')}" for name in ARMS if metrics[name]["loss"] is None]
+    absent = [f"{name}: {why(metrics, f'{name}.loss')}" for name in ARMS if metrics[name]["loss"] is None]
     if absent:
         yield Paragraph("Not measured:")
         yield Items(absent)
@@ -200,7 +136,6 @@ def _arms_section(metrics: Metrics) -> Iterator[Block]:
 def _gap_section(metrics: Metrics) -> Iterator[Block]:
     yield Heading("Is what was trained what ships?")
     simulated = " (simulated)" if metrics["simulated"] else ""
-    reference = metrics["kl"]["reference"]
     bits = metrics["size"]["bits_per_weight"]
     gap = _gap(metrics, "train_ship_gap")
     if metrics["simulated"] and metrics["train_ship_gap"] == 0:
@@ -209,16 +144,27 @@ def _gap_section(metrics: Metrics) -> Iterator[Block]:
         f"trained function minus shipped function{simulated}: {gap}",
         f"training backend's graph minus plain graph: {_gap(metrics, 'backend_gap')}",
     ]
-    if metrics["kl"]["final"] is not None:
-        lines.append(f"KL({reference} || final{simulated}): {metrics['kl']['final']:.4g} nats per answer token")
-    else:
-        lines.append(f"KL of final: not known ({_why(metrics, 'kl.final')})")
-    known = f"{bits:.2f} on average" if bits is not None else f"not known ({_why(metrics, 'size.bits_per_weight')})"
+    lines += [_distance(metrics, arm) for arm in ("final", "ptq")]
+    known = f"{bits:.2f} on average" if bits is not None else f"not known ({why(metrics, 'size.bits_per_weight')})"
     lines.append(f"bits per weight as stored: {known}")
     if metrics["size"]["memory_mib"] is not None:
         lines.append(f"weights in memory: {format_size(metrics['size']['memory_mib'])} MiB")
     lines += _speed(metrics)
     yield Items(lines)
+
+
+def _distance(metrics: Metrics, arm: str) -> str:
+    """How far the arm's next-token distributions are from those of 16 bit."""
+    kl, mark = metrics["kl"], " (simulated)" if metrics["kl"]["simulated"] else ""
+    if kl[arm] is None:
+        return f"KL divergence of {arm} from 16 bit: not known ({why(metrics, f'kl.{arm}')})"
+    bounds, top1 = kl[f"{arm}_interval"], kl[f"{arm}_top1_interval"]
+    divergence = format_value({"value": kl[arm], **bounds}, 4)
+    agreement = format_value({"value": kl[f"{arm}_top1"], **top1}, 1, factor=100)
+    return (
+        f"KL({kl['reference']} || {arm}{mark}): {divergence} nats per answer token; "
+        f"the same most likely token at {agreement} % of them"
+    )
 
 
 def _speed(metrics: Metrics) -> list[str]:
@@ -234,7 +180,7 @@ def _coverage_section(metrics: Metrics) -> Iterator[Block]:
     yield Heading("Coverage")
     fraction, skipped = metrics["coverage"]["quantized_fraction"], metrics["coverage"]["skipped"]
     if fraction is None:
-        yield Paragraph(f"Quantised share of the weights: not known ({_why(metrics, 'coverage.quantized_fraction')}).")
+        yield Paragraph(f"Quantised share of the weights: not known ({why(metrics, 'coverage.quantized_fraction')}).")
     else:
         where = f"{metrics['scheme']}, target {metrics['target']}"
         yield Paragraph(f"{_percent(fraction)} of the layers' weights are quantised ({where}).")
@@ -247,8 +193,11 @@ def _recipe_section(context: ReportContext) -> Iterator[Block]:
     yield Heading("Recipe")
     if context.command:
         yield Code(context.command)
-    if context.losses:
-        yield Curve(context.losses)
+    for arm, points in context.losses.items():
+        finite = [(step, loss) for step, loss in points if math.isfinite(loss)]
+        if finite:
+            said = ", ".join(f"{loss:.4f} at step {step:g}" for step, loss in (finite[0], finite[-1]))
+            yield Paragraph(f"Training loss ({arm}): {said}.")
     facts = {"model": context.model, "data": context.data, "device": context.device}
     facts = {name: text for name, text in facts.items() if text} | {
         name: str(value) for name, value in _nested(context.recipe)
@@ -266,14 +215,8 @@ def _recipe_section(context: ReportContext) -> Iterator[Block]:
 def _gap(metrics: Metrics, key: str) -> str:
     gap = metrics[key]
     if gap is None:
-        return f"not known ({_why(metrics, key)})"
+        return f"not known ({why(metrics, key)})"
     return "0 (equal to the last bit)" if gap == 0 else f"{gap:+.3g} nats per answer token"
-
-
-def _why(metrics: Metrics, key: str) -> str:
-    parts = key.split(".")
-    names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
-    return next((str(metrics["why"][name]) for name in names if name in metrics["why"]), "no reason recorded")
 
 
 def _percent(share: float) -> str:

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from quantize.errors import UserError
 
 Progress = Callable[[str, int, int], None]
 
+_LAYER_BATCHES = 4  # of eval.batch_size samples: a ratio of energies over hundreds of tokens hardly moves
+
 
 def run_jobs(jobs: Sequence[Mapping[str, Any]], request: Path, progress: Progress | None = None) -> list[Any]:
     """Runs jobs in a fresh process, in order, and returns one result a job.
 
     Args:
-        jobs: each a mapping with `kind` ("evaluate", "convert" or "compare") and that function's arguments.
+        jobs: each a mapping with `kind` (see `main`) and that function's arguments.
         request: where the request is written; the answer lies beside it.
         progress: called with (job's name, done, total).
 
@@ -95,11 +98,13 @@ def _device() -> str:
 def evaluate(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Scores one checkpoint, quantised or not, or the simulation of its quantised form.
 
-    Keys: model, dtype, data (parquet), batch_size, scores (npz to write); optional simulate {scheme, target,
-    group_size}, grid (the weights as trained), reference (a checkpoint to measure KL from), trust_remote_code.
+    Keys: model, dtype, data (parquet), batch_size, scores (parquet to write); optional simulate {scheme, target,
+    group_size}, grid (the weights as trained), reference (a checkpoint to measure KL from), trust_remote_code, and
+    tasks (settings of `quantize.tasks`) with task_rows (parquet to write).
     """
     from quantize.convert import memory_bytes
-    from quantize.evaluate import evaluate_model, read_samples
+    from quantize.evaluate import evaluate_model, read_samples, texts_of
+    from quantize.tasks import Settings, load_tasks, run_tasks, save_rows
 
     model, _ = _load(job)
     reference = None
@@ -107,8 +112,66 @@ def evaluate(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> di
         reference, _ = _load({**job, "model": job["reference"], "dtype": job.get("reference_dtype"), "simulate": None})
     samples = read_samples(Path(job["data"]))
     scores = evaluate_model(model, samples, batch_size=job["batch_size"], reference=reference, progress=progress)
-    scores.save(Path(job["scores"]))
+    tokenizer = _tokenizer(job)
+    scores.save(Path(job["scores"]), texts_of(samples, scores, tokenizer.decode))
+    del reference
+    if job.get("tasks"):
+        settings = Settings(**job["tasks"])
+        save_rows(run_tasks(model, tokenizer, load_tasks(settings), settings, progress), Path(job["task_rows"]))
     return {"loss": scores.loss, "kl": scores.kl_per_token, "memory_bytes": memory_bytes(model)}
+
+
+def check_tasks(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """Loads the tasks with their data: what cannot be loaded is found before anything is trained.
+
+    Keys: tasks (settings of `quantize.tasks`), model (whose chat template they may need); optional trust_remote_code.
+
+    Returns:
+        fingerprint of all that decides their results, and the number of samples by name.
+    """
+    from quantize.tasks import Settings, count_samples, fingerprint, load_tasks
+
+    settings = Settings(**job["tasks"])
+    if settings.chat_template and not _tokenizer(job).chat_template:
+        raise UserError("eval.chat_template: this model's tokenizer has no chat template; set data.chat_template")
+    tasks = load_tasks(settings)
+    samples = {name: count_samples(leaves, settings.limit) for name, leaves in tasks.items()}
+    return {"fingerprint": fingerprint(tasks, settings), "samples": samples}
+
+
+def measure(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """Each quantised layer beside its 16-bit original, on the first batches.
+
+    Keys: model (16 bit), dtype, data, batch_size, format {scheme, target, group_size}, and the quantised form: shipped
+    (a checkpoint), or else the simulation, with grid; optional trust_remote_code.
+    """
+    from dataclasses import asdict
+
+    from quantize.evaluate import batches, read_samples
+    from quantize.layer_health import measure_layers
+    from quantize.layers import select_layers
+    from quantize.schemes import find_scheme
+
+    reference, _ = _load({**job, "simulate": None})
+    shipped = {"model": job["shipped"], "dtype": None} if job.get("shipped") else {"simulate": job["format"]}
+    quantised, _ = _load({**job, **shipped})
+    chosen = job["format"]
+    scheme = find_scheme(chosen["scheme"])
+    layers = select_layers(reference, scheme, chosen["group_size"], scheme.find_target(chosen["target"])).layers
+    device = _device()
+    inputs = [
+        {"input_ids": ids.to(device), "attention_mask": attention.to(device)}
+        for _, ids, attention, _ in islice(batches(read_samples(Path(job["data"])), job["batch_size"]), _LAYER_BATCHES)
+    ]
+    found = measure_layers(reference, quantised, list(layers), inputs)
+    return {name: asdict(health) for name, health in found.items()}
+
+
+def _tokenizer(job: Mapping[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    trust = job.get("trust_remote_code", False)
+    return AutoTokenizer.from_pretrained(job["model"], local_files_only=True, trust_remote_code=trust)
 
 
 def compare(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> list[tuple[str, float]]:
@@ -172,7 +235,13 @@ def main(argv: Sequence[str]) -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     request = Path(argv[0])
     answer = request.with_suffix(".answer.json")
-    kinds: dict[str, Callable[..., Any]] = {"evaluate": evaluate, "convert": convert, "compare": compare}
+    kinds: dict[str, Callable[..., Any]] = {
+        "evaluate": evaluate,
+        "convert": convert,
+        "compare": compare,
+        "measure": measure,
+        "tasks": check_tasks,
+    }
     results = []
     try:
         for job in json.loads(request.read_text(encoding="utf-8")):

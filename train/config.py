@@ -188,6 +188,29 @@ class EvalConfig(Section):
     """Rows at once."""
     baseline_cache: bool = True
     """Take the untouched model's scores from an earlier run with the same model, data and settings."""
+    tasks: list[str] = Field(default_factory=list)
+    """Benchmarks by lm-eval, for every arm: its names, release13 (PyTorch's 13), or .yaml files of your own."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Examples in a task's prompt; null = as the task says."""
+    limit: int | None = Field(default=None, ge=1)
+    """The first so many samples of each task (of each subtask of a group); null = all."""
+    chat_template: bool = False
+    """Put the tasks' prompts into the model's chat template."""
+    task_batch_size: int | None = Field(default=None, ge=1)
+    """Rows at once in tasks; null = found by trying on CUDA, 8 on a CPU."""
+
+    def task_settings(self, seed: int) -> dict[str, Any] | None:
+        """What `quantize.tasks.Settings` takes; None where there are no tasks."""
+        if not self.tasks:
+            return None
+        return {
+            "names": list(self.tasks),
+            "num_fewshot": self.num_fewshot,
+            "limit": self.limit,
+            "chat_template": self.chat_template,
+            "batch_size": self.task_batch_size,
+            "seed": seed,
+        }
 
 
 class TrackConfig(Section):

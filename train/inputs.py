@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from quantize.errors import UserError
 
 if TYPE_CHECKING:
-    from train.config import RunConfig
+    from train.config import EvalConfig, RunConfig
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -39,6 +39,7 @@ def missing_inputs(config: RunConfig, bad: Collection[str] = ()) -> list[str]:
         ({"model"}, lambda: check_model_source(config.model)),
         ({"data"}, lambda: check_data_source(config.data)),
         ({"model", "quantize", "qat"}, lambda: _check_groups(config)),
+        ({"eval"}, lambda: check_tasks(config.eval)),
     )
     lines: list[str] = []
     for needed, check in checks:
@@ -48,6 +49,19 @@ def missing_inputs(config: RunConfig, bad: Collection[str] = ()) -> list[str]:
             except UserError as error:
                 lines += error.lines
     return lines
+
+
+def check_tasks(settings: EvalConfig) -> None:
+    """Tasks that lm-eval does not know; their data is loaded later, still before training."""
+    if not settings.tasks:
+        return
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise UserError("eval.tasks: lm-eval is not installed; pip install 'ongrid[eval]'") from error
+    from quantize.tasks import check_names
+
+    check_names(settings.tasks)
 
 
 def _check_groups(config: RunConfig) -> None:

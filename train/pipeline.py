@@ -1,6 +1,7 @@
 """The line, one step after another:
 
-config -> backend -> model -> data -> baseline -> (control) -> fit -> merge -> arms -> quantise -> reload -> report
+config -> backend -> model -> data -> tasks -> baseline -> (control) -> fit -> merge -> arms -> quantise -> reload
+-> report
 
 Each step is a stage of the run directory: done once, with a fingerprint of what it depends on, and skipped when the
 same run comes by again. That is also how resume works.
@@ -84,6 +85,7 @@ def _run_in(directory: RunDir, config: RunConfig, argv: Sequence[str], sinks: Se
         backend = stages.backend()
         model = stages.model()
         data = stages.data(model)
+        stages.tasks(model)
         baseline = stages.baseline(model, data)
         control = stages.control(backend, model, data)
         tuned = stages.tuned(backend, model, data, control)

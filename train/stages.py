@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.evaluate import Scores
+from quantize.finish import copy_atomically
 from quantize.gate import check_gap
 from quantize.numerics import VERSION
 from quantize.schemes import find_scheme
@@ -32,7 +33,7 @@ class Stages:
         self.log = StageLog(directory, events)
         self.format: Format | None = None
         self.dtype = self.merged_dtype = "float32"
-        self.model_key = self.data_key = ""
+        self.model_key = self.data_key = self.task_key = ""
 
     # ------------------------------------------------------------------ preparation
 
@@ -129,6 +130,18 @@ class Stages:
 
     # ------------------------------------------------------------------ evaluation
 
+    def tasks(self, model: LocalModel) -> dict[str, Any]:
+        """Loads the benchmarks, so that one that cannot be loaded ends the run before anything is trained."""
+        settings = self.config.eval.task_settings(self.config.run.seed)
+        if settings is None:
+            return {}
+        key = fingerprint_of(self.model_key, settings, self.config.data.chat_template)
+        trust = {"trust_remote_code": self.config.model.trust_remote_code}
+        job = {"kind": "tasks", "name": "tasks", "tasks": settings, "model": str(model.folder), **trust}
+        found = self.log.run("tasks", key, lambda: self.log.jobs("tasks", [job])[0])
+        self.task_key = found["fingerprint"]
+        return found
+
     def baseline(self, model: LocalModel, data: Prepared) -> dict[str, Any]:
         """The model before fine-tuning, and quantised as it is; kept across runs."""
         manifest = self.directory.read_json("manifest.json")
@@ -137,20 +150,19 @@ class Stages:
             *(manifest["packages"][name] for name in ("torch", "torchao", "transformers")),
         ]
         settings = [self.merged_dtype, self._plain_dtype, self.config.eval.batch_size, computed_by, VERSION]
-        key = fingerprint_of(self.model_key, self.data_key, self._format_key(), settings)
+        key = fingerprint_of(self.model_key, self.data_key, self.task_key, self._format_key(), settings)
         store = self.cache / "baseline" / key
 
         def work() -> dict[str, Any]:
             if not (self.config.eval.baseline_cache and (store / "result.json").is_file()):
-                jobs = [self._evaluate("base", model.folder, scores=store / "base.npz")]
+                jobs = [self._evaluate("base", model.folder, folder=store)]
                 if self.format is not None:
-                    scores = store / "base_quantized.npz"
-                    jobs.append(self._evaluate("base_quantized", model.folder, simulate=True, scores=scores))
+                    jobs.append(self._evaluate("base_quantized", model.folder, simulate=True, folder=store))
                 results = self.log.jobs("baseline", jobs)
                 memory = {job["name"]: result["memory_bytes"] for job, result in zip(jobs, results, strict=True)}
                 (store / "result.json").write_text(json.dumps({"memory_bytes": memory}), encoding="utf-8")
-            for path in store.glob("*.npz"):
-                Scores.load(path).save(self._scores(path.stem))
+            for path in store.glob("*.parquet"):
+                copy_atomically(path, self._eval / path.name)
             stored: dict[str, Any] = json.loads((store / "result.json").read_text(encoding="utf-8"))
             return stored | {"disk_bytes": _weights_bytes(model.folder)}
 
@@ -158,20 +170,21 @@ class Stages:
 
     def arms(self, data: Prepared, control: Tuned | None, tuned: Tuned) -> dict[str, Any]:
         """control, ptq (the control quantised), tuned, and this run's merged weights fake-quantised."""
-        computed = [self._plain_dtype, self.format is not None and self.format.simulated]
+        computed = [self._plain_dtype, self.format is not None and self.format.simulated, self.task_key]
         key = fingerprint_of(self.data_key, self._format_key(), computed, control and control.result, tuned.result)
 
         def work() -> dict[str, Any]:
             jobs = [self._evaluate("tuned", tuned.merged)]
             if self.format is not None:
-                # Its KL divergence stands in for that of the shipped model only where that one cannot run.
-                reference = (control or tuned).merged if self.format.simulated else None
-                fake = self._evaluate("fake", tuned.merged, simulate=True, reference=reference)
+                # It stands in for the shipped model, on tasks too, only where that one cannot run.
+                stands_in = self.format.simulated
+                reference = (control or tuned).merged if stands_in else None
+                fake = self._evaluate("fake", tuned.merged, simulate=True, reference=reference, tasks=stands_in)
                 jobs.append(fake | {"grid": self._grid})
             if control is not None:
                 jobs.append(self._evaluate("control", control.merged))
                 if self.format is not None:
-                    jobs.append(self._evaluate("ptq", control.merged, simulate=True))
+                    jobs.append(self._evaluate("ptq", control.merged, simulate=True, reference=control.merged))
             results = self.log.jobs("arms", jobs)
             return {job["name"]: result for job, result in zip(jobs, results, strict=True)}
 
@@ -269,19 +282,23 @@ class Stages:
         """What ships, reloaded from disk in a fresh process, and the proof that it is what was trained."""
         if self.format is None:
             return {}
-        key = fingerprint_of(self.data_key, self._format_key(), tuned.result, shipped, control and control.result)
+        upstream = [tuned.result, shipped, control and control.result, self.task_key]
+        key = fingerprint_of(self.data_key, self._format_key(), *upstream)
 
         def work() -> dict[str, Any]:
+            layers = self._evaluate("layers", tuned.merged) | {"kind": "measure", "format": self._format_key()}
             if not shipped:
-                Scores.load(self._scores("fake")).save(self._scores("final"))
-                return dict(arms["fake"])
-            reference = (control or tuned).merged
-            job = self._evaluate("final", self.directory.path / "quantized", reference=reference, dtype=None)
-            scored: dict[str, Any] = self.log.jobs("final", [job])[0]
+                for path in self._eval.glob("fake*.parquet"):
+                    copy_atomically(path, path.with_name(path.name.replace("fake", "final", 1)))
+                measured = self.log.jobs("layers", [layers | {"grid": self._grid}])[0]
+                return {**arms["fake"], "layers": measured}
+            reference, folder = (control or tuned).merged, self.directory.path / "quantized"
+            job = self._evaluate("final", folder, reference=reference, dtype=None)
+            scored, measured = self.log.jobs("final", [job, layers | {"shipped": str(folder)}])
             if self._grid is not None and self.format is not None:
                 gap = arms["fake"]["loss"] - scored["loss"]
                 check_gap(gap, self.format.scheme, self.format.target, lambda: self._worst_layers(tuned))
-            return scored
+            return {**scored, "layers": measured}
 
         return self.log.run("final", key, work)
 
@@ -301,7 +318,7 @@ class Stages:
         chosen = self.format
         gathered = {
             "run": self.directory.path.name,
-            "command": " ".join(["train", *manifest["argv"]]),
+            "command": shlex.join(["train", *manifest["argv"]]),
             "model": self.config.model.id
             if self.config.model.random is None
             else f"random {self.config.model.architecture}",
@@ -309,7 +326,7 @@ class Stages:
             "recipe": self.config.model_dump(mode="json", include={"qat", "lora", "fake_quant", "train", "quantize"}),
             "versions": manifest["packages"],
             "device": str(manifest["device"]),
-            "losses": self.directory.training_losses("tuned"),
+            "losses": {arm: self.directory.training_losses(arm) for arm in ("tuned", "control")},
             "seconds": {name: entry["seconds"] for name, entry in manifest["stages"].items() if "seconds" in entry},
             "format": None if chosen is None else {**chosen.job(), "missing": list(chosen.missing)},
             "qat": self.config.qat,
@@ -318,6 +335,7 @@ class Stages:
             "dtype": self.merged_dtype,
             "trust_remote_code": self.config.model.trust_remote_code,
             "batch_size": self.config.eval.batch_size,
+            "tasks": self.config.eval.task_settings(self.config.run.seed),
             "baseline": baseline,
             "arms": arms,
             "tuned": tuned.result,
@@ -354,9 +372,11 @@ class Stages:
         *,
         simulate: bool = False,
         reference: Path | None = None,
-        scores: Path | None = None,
+        folder: Path | None = None,
         dtype: str | None = "merged",
+        tasks: bool = True,
     ) -> dict[str, Any]:
+        """A job that scores one arm, on the held-out samples and on tasks, into `folder` (else this run's)."""
         job: dict[str, Any] = {
             "kind": "evaluate",
             "name": arm,
@@ -364,11 +384,14 @@ class Stages:
             "dtype": self._plain_dtype if dtype == "merged" else dtype,
             "data": str(self._eval_data),
             "batch_size": self.config.eval.batch_size,
-            "scores": str(scores or self._scores(arm)),
+            "scores": str((folder or self._eval) / f"{arm}.parquet"),
             "reference": str(reference) if reference else None,
             "reference_dtype": self._plain_dtype,
             "trust_remote_code": self.config.model.trust_remote_code,
         }
+        settings = self.config.eval.task_settings(self.config.run.seed) if tasks else None
+        if settings is not None:
+            job |= {"tasks": settings, "task_rows": str((folder or self._eval) / f"{arm}.tasks.parquet")}
         if simulate and self.format is not None:
             job["simulate"] = self.format.job()
         return job
@@ -387,13 +410,9 @@ class Stages:
     def _eval_data(self) -> Path:
         return self.directory.path / "data" / "eval.parquet"
 
-    def _scores(self, arm: str) -> Path:
-        return self.directory.path / "eval" / f"{arm}.npz"
-
-    def load_scores(self, arm: str) -> Scores | None:
-        """An arm's scores, or None where it was not evaluated."""
-        path = self._scores(arm)
-        return Scores.load(path) if path.is_file() else None
+    @property
+    def _eval(self) -> Path:
+        return self.directory.path / "eval"
 
     def _format_key(self) -> Any:
         return None if self.format is None else self.format.job()

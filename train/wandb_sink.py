@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from quantize.errors import UserError
-from quantize.metrics import flatten
+from quantize.metrics import ARMS, flatten
 from train.events import Event
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class WandbSink:
             self._run.define_metric(f"{arm}/*", step_metric=f"{arm}/step")
 
     def emit(self, event: Event) -> None:
-        """Logs steps as they come, and everything else at the end."""
+        """Logs steps as they come, and tables, plots and the report at the end."""
         if event.kind == "run_failed":
             self._exit_code = 1
         if not self._works or event.kind not in ("step", "metrics", "report"):
@@ -87,7 +88,13 @@ class WandbSink:
             self._run.summary.update(flatten(event.data))
             rows = [[name, *(arm[key] for key in _COLUMNS[1:])] for name, arm in event.data.items() if _is_arm(arm)]
             self._run.log({"arms": self._wandb.Table(columns=list(_COLUMNS), data=rows)})
+            if event.data.get("tasks"):
+                table = self._wandb.Table(columns=["task", "metric", *ARMS], data=_task_rows(event.data))
+                self._run.log({"tasks": table})
         else:
+            plots = sorted((self._path / "plots").glob("*.png"))
+            if plots:
+                self._run.log({f"plots/{path.stem}": self._wandb.Image(str(path)) for path in plots})
             artifact = self._wandb.Artifact(f"report-{self.run_id}", type="report")
             for name in _REPORT_FILES:
                 artifact.add_file(str(self._path / name))
@@ -96,6 +103,10 @@ class WandbSink:
     def close(self) -> None:
         """Ends W&B's run: finished, or failed where the run did."""
         self._run.finish(exit_code=self._exit_code)
+
+
+def _task_rows(metrics: Mapping[str, Any]) -> list[list[Any]]:
+    return [[name, task["metric"], *(task[arm]["value"] for arm in ARMS)] for name, task in metrics["tasks"].items()]
 
 
 def _is_arm(value: Any) -> bool:

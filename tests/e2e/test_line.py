@@ -38,6 +38,51 @@ def test_what_ships_is_compared_in_the_dtype_that_ships(training: str, merged: s
     assert runs.metrics(run)["train_ship_gap"] == 0.0
 
 
+LOCAL_TASKS = '["examples/tasks/choices.yaml","examples/tasks/answers.yaml","examples/tasks/perplexity.yaml"]'
+
+
+def test_tasks_run_on_every_arm_and_their_results_lie_side_by_side(runs: Any) -> None:
+    import pyarrow.parquet
+
+    options = (f"--eval.tasks={LOCAL_TASKS}", "--eval.limit=6", "--eval.chat-template=True", "--eval.control=True")
+    run = runs.finish(*TINY, *options, "--run.name=tasks")
+    metrics = runs.metrics(run)
+    assert list(metrics["tasks"]) == ["choices", "answers", "perplexity"]
+    for task in metrics["tasks"].values():
+        assert task["n_samples"] == 6 and all(task[arm]["value"] is not None for arm in ARMS)
+        assert set(task["comparisons"]) == set(metrics["comparisons"])
+    tables = [pyarrow.parquet.read_table(run / "eval" / f"{arm}.tasks.parquet") for arm in ARMS]
+    assert all(table["doc_hash"] == tables[0]["doc_hash"] and table.num_rows == 18 for table in tables)
+    held_out = pyarrow.parquet.read_table(run / "eval" / "final.parquet").to_pydict()
+    assert held_out["prompt"][0].endswith("<|im_start|>assistant\n") and held_out["answer"][0].endswith("<|im_end|>")
+    assert len(held_out["greedy"][0]) == held_out["tokens"][0] and held_out["top1"][0] <= held_out["tokens"][0]
+    report = (run / "report.md").read_text()
+    for words in ("## Tasks", "## Which layer hurts", "## Where it lost most", "| perplexity | nats per word | 6 |"):
+        assert words in report
+    assert (run / "plots" / "forest.png").stat().st_size > 1000
+    shared = runs.root / ".cache" / "baseline"
+    before = {path: path.stat().st_mtime_ns for path in shared.rglob("*.tasks.parquet")}
+    again = runs.finish(*TINY, *options, "--run.name=tasks-again", "--train.learning-rate=2e-3")
+    assert before == {path: path.stat().st_mtime_ns for path in shared.rglob("*.tasks.parquet")}
+    assert runs.metrics(again)["tasks"]["choices"]["base"] == metrics["tasks"]["choices"]["base"]
+
+
+def test_a_task_that_cannot_be_loaded_ends_the_run_before_training(runs: Any, tmp_path: Path) -> None:
+    task = tmp_path / "mine.yaml"
+    task.write_text(
+        "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: {test: gone.jsonl}}\ntest_split: test\n"
+    )
+    for name, said in (
+        (str(task), "mine cannot be loaded"),
+        ("gsm8k", "gsm8k cannot be loaded"),
+        ("gsm9", "did you mean"),
+    ):
+        done = runs.train(*TINY, f'--eval.tasks=["{name}"]', f"--run.name=refused-{Path(name).stem}")
+        assert done.returncode == 2, done.stderr[-2000:]
+        assert said in done.stderr and "Traceback" not in done.stderr
+        assert "fit-" not in done.stdout
+
+
 def test_every_key_of_the_metrics_is_there_or_has_its_reason(finished: Path, runs: Any) -> None:
     metrics = runs.metrics(finished)
     contract = [

@@ -229,14 +229,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_our_packages_and_nothing_else(site: Path) -> None:
     names = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")}
     assert names == {"train", "qat", "quantize", "configs", "examples"}
-    assert [path.name for path in (site / "examples").iterdir()] == ["data"]
+    assert sorted(path.name for path in (site / "examples").iterdir()) == ["data", "tasks"]
     assert list(site.rglob("__pycache__")) == []
 
 
 def test_wheel_holds_every_module_config_template_and_row(site: Path) -> None:
     wanted = {
         path.relative_to(ROOT)
-        for folder in ("train", "qat", "quantize", "configs", "examples/data")
+        for folder in ("train", "qat", "quantize", "configs", "examples")
         for path in (ROOT / folder).rglob("*")
         if path.suffix in {".py", ".yaml", ".jinja", ".jsonl", ".md", ".typed"}
     }

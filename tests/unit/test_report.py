@@ -15,14 +15,17 @@ import pytest
 from quantize.arms import format_difference, format_points
 from quantize.errors import UserError
 from quantize.metrics import ARMS, SIZES, build_metrics, flatten, unexplained
+from quantize.plots import draw_plots
 from quantize.report import ReportContext, arm_rows, render_html, render_markdown, verdict
 from quantize.schemes import SCHEMES
+from quantize.tasks import Row
 
 CONTRACT = [
     *(f"{arm}.{key}" for arm in ARMS for key in ("loss", "accuracy", "perplexity", "vs_base.loss.value", "simulated")),
     *("train_ship_gap", "backend_gap", "recovered", "recovered_interval.low", "kl.final", "kl.reference"),
     *("size.base_mib", "size.tuned_mib", "size.final_mib", "size.bits_per_weight", "size.memory_mib"),
     *("coverage.quantized_fraction", "coverage.skipped", "scheme", "target", "simulated", "missing", "finish_command"),
+    *("kl.final_top1", "kl.ptq", "kl.final_interval.low", "tasks", "tasks_mean.final.value", "sqnr.worst_db", "layers"),
     *("comparisons.final_vs_ptq.loss.high", "comparisons.final_vs_control.mcnemar_p", "n_samples", "n_tokens", "why"),
 ]
 
@@ -32,6 +35,8 @@ class FakeScores:
     nll: np.ndarray
     tokens: np.ndarray
     exact: np.ndarray
+    kl: np.ndarray | None = None
+    top1: np.ndarray | None = None
 
 
 def scores(shift: float, right: float, samples: int = 120) -> FakeScores:
@@ -39,7 +44,30 @@ def scores(shift: float, right: float, samples: int = 120) -> FakeScores:
     rng = np.random.default_rng(7)
     tokens = rng.integers(2, 20, samples)
     difficulty, noise = rng.gamma(2.0, 0.5, samples), rng.normal(0, 0.02, samples)
-    return FakeScores(tokens * (difficulty + shift + noise * shift), tokens, np.argsort(difficulty) < right * samples)
+    nll = tokens * (difficulty + shift + noise * shift)
+    return FakeScores(nll, tokens, np.argsort(difficulty) < right * samples, 0.012 * tokens, tokens - 1)
+
+
+LAYERS = {
+    f"model.layers.{block}.mlp.{kind}": {"sqnr_db": 20.0 + block - below, "input_max": 4.0, "input_crest": 9.5}
+    for block in range(4)
+    for kind, below in (("up_proj", 0), ("down_proj", 3))
+}
+
+
+def task_rows(**changes: Any) -> dict[str, list[Row]]:
+    """Three arms on a task of right and wrong, and one of text; `changes` replaces an arm's rows."""
+
+    def arm(right: int, nats: float) -> list[Row]:
+        common: dict[str, Any] = {"doc_hash": "h", "prompt": "p", "target": "t", "response": "r"}
+        of_answers = {"name": "spelling", "task": "spell", "metric": "acc", "weight": 1.0, "higher_is_better": True}
+        of_text = {"name": "text", "task": "text", "metric": "nats per word", "higher_is_better": False}
+        rows = [Row(doc_id=n, value=float(n < right), **of_answers, **common) for n in range(60)]
+        words = [9.0 + n % 3 for n in range(40)]
+        text = [Row(doc_id=n, value=nats * word, weight=word, **of_text, **common) for n, word in enumerate(words)]
+        return rows + text
+
+    return {"base": arm(20, 3.0), "control": arm(50, 2.0), "ptq": arm(40, 2.2), "final": arm(49, 2.1)} | changes
 
 
 ALL_ARMS = {
@@ -58,8 +86,7 @@ def build(**changes: Any) -> dict[str, Any]:
         "why": {},
         "train_ship_gap": 0.0,
         "backend_gap": -1.5e-7,
-        "kl": 0.012,
-        "kl_reference": "control",
+        "reference": "control",
         "size": {
             "base_mib": 538.0,
             "tuned_mib": 538.1,
@@ -82,8 +109,7 @@ def nothing() -> dict[str, Any]:
         arms={},
         train_ship_gap=None,
         backend_gap=None,
-        kl=None,
-        kl_reference=None,
+        reference=None,
         size={},
         coverage={},
         scheme=None,
@@ -108,7 +134,11 @@ def lookup(metrics: dict[str, Any], key: str) -> Any:
     return value
 
 
-@pytest.mark.parametrize("make", [build, nothing, simulated])
+def with_tasks() -> dict[str, Any]:
+    return build(layers=LAYERS, task_rows=task_rows())
+
+
+@pytest.mark.parametrize("make", [build, nothing, simulated, with_tasks])
 def test_every_key_exists_and_every_null_has_a_reason(make: Any) -> None:
     metrics = make()
     for key in CONTRACT:
@@ -199,7 +229,7 @@ def test_flatten_gives_dotted_scalars() -> None:
     assert flat["size.final_mib"] == 236.4
     assert flat["comparisons.final_vs_ptq.loss.high"] < 0
     assert all(isinstance(value, float | int | bool | str) for value in flat.values())
-    assert not any(key.startswith(("why", "coverage.skipped")) for key in flat)
+    assert not any(key.startswith(("why", "coverage.skipped", "layers")) for key in flat)
     assert "final.loss" not in flatten(nothing())
     assert {f"size.{key}" for key in SIZES} <= set(flat)
 
@@ -231,6 +261,58 @@ def test_verdict_warns_of_few_samples_and_of_simulation() -> None:
     assert "rough" in verdict(few)[-1]
     assert "(final, simulated)" in verdict(simulated())[0]
     assert verdict(nothing()) == ["Nothing was compared in this run."]
+
+
+def test_tasks_are_compared_in_pairs_and_claimed_only_where_they_differ() -> None:
+    metrics = build(task_rows=task_rows())
+    task = metrics["tasks"]["spelling"]
+    assert (task["metric"], task["n_samples"], task["final"]["value"]) == ("acc", 60, pytest.approx(49 / 60))
+    clear, noise = task["comparisons"]["final_vs_ptq"], task["comparisons"]["final_vs_control"]
+    assert clear["p"] == pytest.approx(2 * 2.0**-9) and clear["p_holm"] == clear["p"]  # the larger of two
+    assert noise["low"] < 0 < noise["high"] and noise["p"] == 1.0
+    assert metrics["tasks"]["text"]["final"]["value"] == pytest.approx(2.1)
+    assert task["tuned"]["value"] is None and unexplained(metrics) == []
+    said = " ".join(verdict(metrics))
+    assert "Task by task, final is better on spelling, text than ptq" in said
+    assert "worse on text than control" in said and "worse on spelling" not in said
+    text = render_markdown(metrics, ReportContext(run="x"))
+    assert "| spelling | acc | 60 | 33.3 | 83.3 | 66.7 | 81.7 | -1.7 [" in text
+
+
+def test_two_questions_of_198_read_as_noise() -> None:
+    """torchao's documentation calls a like difference a recovery of 66.9%."""
+    rows = {}
+    for name, right in (("base", 60), ("control", 63), ("ptq", 60), ("final", 62)):
+        rows[name] = [
+            replace(task_rows()["base"][0], doc_id=number, value=float(number < right)) for number in range(198)
+        ]
+    metrics = build(task_rows=rows)
+    assert any("No task shows a difference between final and ptq" in sentence for sentence in verdict(metrics))
+    assert not any("better on spelling" in sentence for sentence in verdict(metrics))
+
+
+def test_tasks_on_other_samples_are_refused_and_a_task_without_numbers_says_why() -> None:
+    fewer = task_rows(final=task_rows()["final"][:-1])
+    with pytest.raises(UserError, match=r"text: final and base were not run on the same samples \(39 and 40\)"):
+        build(task_rows=fewer)
+    other = task_rows(final=[replace(row, doc_hash="other") for row in task_rows()["final"]])
+    with pytest.raises(UserError, match="spelling: final and base were not run on the same samples"):
+        build(task_rows=other)
+    broken = task_rows(final=[replace(row, value=math.nan) for row in task_rows()["final"]])
+    with pytest.raises(UserError, match="final: spelling has no number for 60 of 60 samples"):
+        build(task_rows=broken)
+    empty = {arm: [replace(row, metric=None, value=None) for row in rows] for arm, rows in task_rows().items()}
+    metrics = build(task_rows=empty)
+    assert unexplained(metrics) == []
+    assert "nothing to pair" in render_markdown(metrics, ReportContext(run="x"))
+
+
+def test_the_worst_layer_is_named() -> None:
+    metrics = build(layers=LAYERS)
+    assert metrics["sqnr"]["worst_layer"] == "model.layers.0.mlp.down_proj" and metrics["sqnr"]["worst_db"] == 17.0
+    text = render_markdown(metrics, ReportContext(run="x"))
+    first = next(line for line in text.splitlines() if line.startswith("| model.layers"))
+    assert first == "| model.layers.0.mlp.down_proj | 17.0 | 4 | 9.5 |"
 
 
 def test_gap_of_zero_is_equal_to_the_last_bit_and_others_are_numbers() -> None:
@@ -279,7 +361,7 @@ def test_almost_everything_is_not_everything() -> None:
 class _Checker(HTMLParser):
     """Collects tags and text; refuses unbalanced tags and references to the outside."""
 
-    void = frozenset({"meta", "path", "polyline"})
+    void = frozenset({"meta"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -288,10 +370,15 @@ class _Checker(HTMLParser):
         self.text = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert not {"src", "href"} & {name for name, _ in attrs}
+        outside = {"src", "href", "xlink:href"}
+        assert not [value for name, value in attrs if name in outside and not (value or "").startswith("#")]
         self.seen.append(tag)
         if tag not in self.void:
             self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
 
     def handle_endtag(self, tag: str) -> None:
         if tag not in self.void:
@@ -301,20 +388,35 @@ class _Checker(HTMLParser):
         self.text += data
 
 
-def test_html_is_one_balanced_page_with_the_curve_and_the_same_words() -> None:
-    losses = [(step, 3.0 - 0.001 * step) for step in range(1, 2000)] + [(2000, math.nan)]
-    context = ReportContext(run="demo", recipe={"lora": {"r": 16}}, versions={"torch": "2.13.0"}, losses=losses)
-    page = render_html(build(), context)
+def test_html_is_one_balanced_page_with_the_figures_and_the_same_words() -> None:
+    losses = {"tuned": [(step, 3.0 - 0.001 * step) for step in range(1, 2000)] + [(2000, math.nan)]}
+    metrics = build(layers=LAYERS, task_rows=task_rows())
+    plots = draw_plots(metrics, losses)
+    assert [plot.name for plot in plots] == ["loss", "size", "forest", "sqnr"]
+    assert all(plot.png.startswith(b"\x89PNG") for plot in plots)
+    versions = {"torch": "2.13.0"}
+    context = ReportContext(run="demo", recipe={"lora": {"r": 16}}, versions=versions, losses=losses, plots=plots)
+    page = render_html(metrics, context)
     checker = _Checker()
     checker.feed(page)
     assert checker.open == []
-    assert "svg" in checker.seen
-    assert "nan" not in re.search(r'points="([^"]*)"', page)[1]  # type: ignore[index]
-    assert len(page) < 60_000
+    assert checker.seen.count("svg") == len(plots)
+    assert "nan" not in page.lower()
+    assert len(page) < 150_000
     assert "width=device-width" in page
-    for sentence in verdict(build()):
+    for sentence in verdict(metrics):
         assert sentence in checker.text
-    assert "lora.r" in checker.text
+    for words in ("lora.r", "spelling", "down_proj", plots[0].caption):
+        assert words in checker.text
+    text = render_markdown(metrics, context)
+    assert "![Training loss by step](plots/loss.png)" in text
+    assert "Training loss (tuned): 2.9990 at step 1, 1.0010 at step 1999." in text
+
+
+def test_figures_are_the_same_bytes_each_time_and_left_out_where_there_is_nothing_to_draw() -> None:
+    metrics = build(layers=LAYERS)
+    assert draw_plots(metrics, {}) == draw_plots(metrics, {})
+    assert [plot.name for plot in draw_plots(nothing(), {"tuned": [(1, math.nan), (2, 3.0)]})] == []
 
 
 def test_names_of_the_user_are_text_not_markup() -> None:

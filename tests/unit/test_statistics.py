@@ -10,11 +10,14 @@ import pytest
 from quantize.statistics import (
     Interval,
     accuracy_interval,
+    holm,
     loss_interval,
     mcnemar,
+    mean_interval,
     paired_accuracy_difference,
     paired_loss_difference,
     recovered_interval,
+    sign_flip,
 )
 
 
@@ -159,3 +162,44 @@ def test_bad_input_is_refused(call: object) -> None:
 def test_excludes_zero() -> None:
     assert Interval(1, 0.5, 1.5).excludes_zero and Interval(-1, -1.5, -0.5).excludes_zero
     assert not Interval(0.1, 0.0, 0.2).excludes_zero
+
+
+def test_sign_flip_is_exact_for_few_samples_and_keeps_its_level() -> None:
+    assert sign_flip([1.0, 2.0, 3.0]) == pytest.approx(2 / 8, abs=0.02)  # all of one sign: 2 of 8 assignments
+    assert sign_flip([0.0, 0.0]) == 1.0
+    rng = np.random.default_rng(5)
+    rejected = np.mean([sign_flip(rng.standard_t(3, 40), seed=seed, resamples=400) < 0.05 for seed in range(600)])
+    assert rejected == pytest.approx(0.05, abs=0.025)
+    with pytest.raises(ValueError, match="finite"):
+        sign_flip([math.nan])
+
+
+def test_holm_known_answer_and_family_level() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+    rng = np.random.default_rng(0)
+    false = np.mean([min(holm(list(rng.uniform(size=13)))) < 0.05 for _ in range(4000)])
+    assert false == pytest.approx(0.05, abs=0.01)  # without the adjustment it would be 0.49
+
+
+def test_mean_over_tasks_covers_the_truth() -> None:
+    """Five tasks of unequal size, right and wrong of the two arms correlated: the truth is known for each."""
+    rng, hits, rounds = np.random.default_rng(2), 0, 800
+    sizes, levels, gains = (30, 60, 100, 200, 40), (0.3, 0.5, 0.7, 0.9, 0.2), (0.0, 0.05, -0.05, 0.02, 0.1)
+    for _ in range(rounds):
+        found = []
+        for size, level, gain in zip(sizes, levels, gains, strict=True):
+            difficulty = rng.uniform(size=size)
+            moved = np.where(rng.uniform(size=size) < 0.5, rng.uniform(size=size), difficulty)
+            found.append(paired_accuracy_difference(moved < level + gain, difficulty < level))
+        interval = mean_interval(found)
+        hits += interval.low <= np.mean(gains) <= interval.high
+    assert hits / rounds == pytest.approx(0.955, abs=0.02)
+
+
+def test_a_mean_of_arms_that_agree_is_not_certain() -> None:
+    same = np.ones(50, dtype=bool)
+    interval = mean_interval([paired_accuracy_difference(same, same)] * 3)
+    assert interval.low < 0 < interval.high and interval.value == 0
+    with pytest.raises(ValueError, match="no values"):
+        mean_interval([])

@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("wandb")
 
+from quantize.metrics import ARMS, build_metrics
+from quantize.plots import draw_plots
 from train.config import RunConfig
 from train.events import Event
 from train.rundir import RunDir
@@ -26,8 +28,15 @@ METRICS: dict[str, Any] = {
     "control": {"loss": None, "accuracy": None},
     "final": {"loss": 1.5, "accuracy": 0.5},
     "size": {"final_mib": 10.0},
+    "tasks": {
+        "gsm8k": {"metric": "exact_match", **{arm: {"value": 0.5 if arm != "control" else None} for arm in ARMS}},
+    },
     "why": {"control": "eval.control is false"},
 }
+NOTHING: dict[str, Any] = {
+    "arms": {}, "why": {}, "train_ship_gap": None, "backend_gap": None, "reference": None, "size": {}, "coverage": {},
+    "scheme": None, "target": None, "simulated": False,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -36,6 +45,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     made = RunDir.create(str(tmp_path), "run", "", CONFIG.model_dump(mode="json"))
     for name in ("metrics.json", "report.md", "report.html"):
         made.write_text(name, "x")
+    (made.path / "plots").mkdir()
+    (plot,) = draw_plots(build_metrics(**NOTHING), {"tuned": [(1, 2.0), (2, 1.0)]})
+    (made.path / "plots" / "loss.png").write_bytes(plot.png)
     return made
 
 
@@ -98,6 +110,8 @@ def test_config_steps_summary_table_and_report_arrive(run: RunDir) -> None:
         summary |= _values(record.summary.update)
     assert logged["tuned/loss"] == 1.25 and logged["tuned/step"] == 3
     assert logged["arms._type"] == "table-file" and logged["arms.nrows"] == 2
+    assert logged["tasks._type"] == "table-file" and logged["tasks.ncols"] == 8
+    assert logged["plots/loss._type"] == "image-file" and logged["plots/loss.width"] > 400
     assert summary["final.loss"] == 1.5 and summary["size.final_mib"] == 10.0
     assert "control.loss" not in summary
     artifacts = [record.request.log_artifact.artifact for record in records if record.HasField("request")]

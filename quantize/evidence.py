@@ -1,0 +1,88 @@
+"""The report's sections on tasks, layers and single samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from quantize.arms import format_points, format_value
+from quantize.document import Block, Heading, Items, Paragraph, Table
+from quantize.metrics import ARMS
+from quantize.plots import reference_pair
+from quantize.samples import WorstSample
+from quantize.verdict import why
+
+Metrics = Mapping[str, Any]
+
+_WORST_LAYERS = 8
+
+
+def tasks_section(metrics: Metrics) -> Iterator[Block]:
+    """A row for each task: every arm's score, and what quantisation costs with its interval."""
+    tasks = metrics["tasks"]
+    if not tasks:
+        return
+    arms = [arm for arm in ARMS if any(task[arm]["value"] is not None for task in tasks.values())]
+    pair = reference_pair(metrics)
+    reference = pair.removeprefix("final_vs_")
+    yield Heading("Tasks")
+    yield Paragraph(
+        "The same samples for every arm, run by lm-eval. Scores in percent, or nats where the metric says so. The last "
+        f"two columns compare final with {reference}: paired 95% interval, and p adjusted for the number of tasks "
+        "(Holm)."
+    )
+    rows = []
+    for name, task in tasks.items():
+        if task["metric"] is None:
+            rows.append((name, "-", str(task["n_samples"]), *("-" for _ in arms), why(metrics, f"tasks.{name}"), "-"))
+            continue
+        compared = task["comparisons"][pair]
+        share = task["higher_is_better"]
+        digits, factor = (1, 100.0) if share else (4, 1.0)
+        scores = [format_value({**task[arm], "low": None}, digits, factor=factor) for arm in arms]
+        difference = format_points(compared) if share else format_value(compared, 4)
+        p = "-" if compared["p_holm"] is None else f"{compared['p_holm']:.2g}"
+        rows.append((name, task["metric"], str(task["n_samples"]), *scores, difference, p))
+    mean = metrics["tasks_mean"]
+    if any(mean[arm]["value"] is not None for arm in arms):
+        scores = [format_value({**mean[arm], "low": None}, 1, factor=100) for arm in arms]
+        rows.append(("mean", f"of {mean['n_tasks']}", "", *scores, format_points(mean["comparisons"][pair]), ""))
+    header = ("task", "metric", "samples", *arms, f"final - {reference} [95%]", "p")
+    yield Table(header, rows, numeric=frozenset(range(2, len(header))))
+
+
+def layers_section(metrics: Metrics) -> Iterator[Block]:
+    """The quantised layers whose output is furthest from 16 bit."""
+    known = {name: health for name, health in metrics["layers"].items() if health["sqnr_db"] is not None}
+    if not known:
+        return
+    worst = sorted(known.items(), key=lambda item: item[1]["sqnr_db"])[:_WORST_LAYERS]
+    yield Heading("Which layer hurts")
+    yield Paragraph(
+        "Signal-to-quantisation-noise ratio of a layer's output on the inputs that the 16-bit model gives it, 6 dB a "
+        f"bit; the median of {len(metrics['layers'])} layers is {metrics['sqnr']['median_db']:.1f} dB. Beside it the "
+        "largest input, and how many times the root mean square that is: outliers, which 8-bit activations round "
+        "coarsely. The worst:"
+    )
+    rows = [
+        (name, f"{health['sqnr_db']:.1f}", f"{health['input_max']:.3g}", f"{health['input_crest']:.1f}")
+        for name, health in worst
+    ]
+    yield Table(("layer", "SQNR, dB", "largest input", "times rms"), rows, numeric=frozenset({1, 2, 3}))
+
+
+def samples_section(worst: Sequence[WorstSample]) -> Iterator[Block]:
+    """Samples on which the shipped model lost most, with what each arm said."""
+    if not worst:
+        return
+    yield Heading("Where it lost most")
+    yield Paragraph(
+        "The samples whose loss grew most from 16 bit to what ships, and tasks that it lost. Of held-out samples the "
+        "text is the most likely token at each place of the right answer. All samples of all arms lie in "
+        "eval/ARM.parquet and eval/ARM.tasks.parquet."
+    )
+    for sample in worst:
+        yield Paragraph(f"{sample.where}, sample {sample.number}: {sample.prompt}")
+        yield Items([f"answer: {sample.answer}"])
+        sides = [(side.arm, f"{side.value:.4g}", side.text) for side in sample.sides]
+        yield Table(("arm", sample.unit, "said"), sides, numeric=frozenset({1}))

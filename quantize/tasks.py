@@ -1,0 +1,351 @@
+"""Benchmarks through lm-eval: which tasks a name stands for, and a model's result on every sample of them.
+
+A task is named as in lm-eval, as in PyTorch's releases (`RELEASE13`), or by the path of a YAML file of lm-eval's form,
+whose `data_files` may be relative to it. Nothing here aggregates: what is kept is one row a sample, so that arms can be
+compared in pairs (`quantize.task_metrics`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quantize.errors import UserError
+
+RELEASE13: Mapping[str, str] = {
+    "mmlu": "mmlu",
+    "mmlu_pro": "mmlu_pro",
+    "arc_challenge": "arc_challenge",
+    "gpqa_main": "gpqa_main_zeroshot",
+    "hellaswag": "hellaswag",
+    "openbookqa": "openbookqa",
+    "piqa": "piqa",
+    "siqa": "social_iqa",
+    "truthfulqa_mc2": "truthfulqa_mc2",
+    "winogrande": "winogrande",
+    "mgsm_en_cot": "mgsm_en_cot_en",
+    "gsm8k": "gsm8k",
+    "mathqa": "mathqa",
+}
+"""The 13 tasks of the model cards of PyTorch's quantised releases (September 2025), and lm-eval's names of them."""
+
+_FILTER = "flexible-extract"  # where a task offers several: what the answer is, not how it is set
+_PER_UNIT = {"word_perplexity": "nats per word", "byte_perplexity": "nats per byte", "bits_per_byte": "nats per byte"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tasks are run, under lm-eval's own names.
+
+    Attributes:
+        names: as the user wrote them.
+        num_fewshot: examples in the prompt; None = what the task says.
+        limit: the first so many samples of each task; None = all.
+        chat_template: put prompts into the model's chat template.
+        batch_size: rows at once; None = as many as fit, found by trying (CUDA), or 8 (CPU).
+        seed: of the choice of few-shot examples.
+    """
+
+    names: Sequence[str]
+    num_fewshot: int | None = None
+    limit: int | None = None
+    chat_template: bool = False
+    batch_size: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's result on one sample of a task.
+
+    Attributes:
+        name: the task as the user named it; pools the subtasks of a group.
+        task: lm-eval's name.
+        doc_id: the sample's number in the task, `doc_hash` its content.
+        metric: what `value` is; None where the task has no metric that is a number a sample.
+        value: the metric, or nats where `weight` is not 1.
+        weight: what the value is per: 1, or the words or bytes of a text.
+        prompt, target, response: as text; of a choice, the response is the choice and its log-likelihood.
+    """
+
+    name: str
+    task: str
+    doc_id: int
+    doc_hash: str
+    metric: str | None
+    value: float | None
+    weight: float
+    higher_is_better: bool
+    prompt: str
+    target: str
+    response: str
+
+
+def expand(names: Sequence[str]) -> dict[str, str]:
+    """What to load for each name that results are reported under, in order; `release13` is all of its tasks.
+
+    Raises:
+        UserError: a name is given twice.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        members = list(RELEASE13) if name == "release13" else [name]
+        for member in members:
+            shown = Path(member).stem if is_file(member) else member
+            if shown in found:
+                raise UserError(f"eval.tasks: {shown} is named twice")
+            found[shown] = str(_find(member)) if is_file(member) else RELEASE13.get(member, member)
+    return found
+
+
+def is_file(name: str) -> bool:
+    """Is that a local task (a YAML file), not a name?"""
+    return name.endswith((".yaml", ".yml"))
+
+
+def _find(name: str) -> Path:
+    """A local task's file: as given, or among the packaged examples."""
+    path, packaged = Path(name).expanduser(), Path(__file__).resolve().parent.parent / name
+    return packaged if packaged.is_file() and not path.is_file() else path
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Looks every name up, without loading data or torch.
+
+    Raises:
+        UserError: one line for each name that is no task.
+    """
+    expanded = expand(names)
+    lines = [f"eval.tasks: no file {spec}" for spec in expanded.values() if is_file(spec) and not Path(spec).is_file()]
+    registered = [spec for spec in expanded.values() if not is_file(spec)]
+    known = _manager(expanded).all_tasks if registered else []
+    for spec in registered:
+        if spec not in known:
+            close = difflib.get_close_matches(spec, [*known, "release13"], n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else "`lm-eval ls tasks` lists them"
+            line = f"eval.tasks: lm-eval has no task {spec}; {hint} A local task is named by its .yaml file"
+            lines.append(line)
+    if lines:
+        raise UserError(*lines)
+
+
+def load_tasks(settings: Settings) -> dict[str, dict[str, Any]]:
+    """lm-eval's tasks by reported name, then by lm-eval's name, with data and settings.
+
+    Raises:
+        UserError: a task cannot be loaded, is empty, or runs code that the model writes.
+    """
+    expanded = expand(settings.names)
+    manager = _manager(expanded)
+    found: dict[str, dict[str, Any]] = {}
+    for name, spec in expanded.items():
+        try:
+            tasks = manager.load([_local(Path(spec)) if is_file(spec) else spec])["tasks"]
+        except Exception as error:  # lm-eval and datasets raise whatever the task's file, its code or the network does
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"eval.tasks: {name} cannot be loaded: {reason[:400]}") from error
+        for leaf, task in tasks.items():
+            _check_task(leaf, task)
+            if settings.num_fewshot is not None and task.get_config("num_fewshot") != 0:
+                task.set_config(key="num_fewshot", value=settings.num_fewshot)
+            elif task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=settings.seed)
+        found[name] = dict(tasks)
+    leaves = [leaf for tasks in found.values() for leaf in tasks]
+    twice = sorted({leaf for leaf in leaves if leaves.count(leaf) > 1})
+    if twice:
+        raise UserError(f"eval.tasks: {', '.join(twice)} would run twice, by itself and in a group; name it once")
+    return found
+
+
+def fingerprint(tasks: Mapping[str, Mapping[str, Any]], settings: Settings) -> str:
+    """Of all that decides the samples and their scoring: settings, task definitions, documents, lm-eval's version."""
+    from importlib.metadata import version
+
+    digest = hashlib.sha256(version("lm_eval").encode())
+    digest.update(json.dumps(asdict(settings)).encode())
+    for name, leaves in tasks.items():
+        for leaf, task in leaves.items():
+            digest.update(json.dumps([name, leaf, task.dump_config()], default=_plain, sort_keys=True).encode())
+            for number, document in enumerate(task.eval_docs):
+                if settings.limit is not None and number >= settings.limit:
+                    break
+                digest.update(json.dumps(document, default=_plain, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def count_samples(tasks: Mapping[str, Any], limit: int | None) -> int:
+    """How many samples of the tasks of one name are run."""
+    sizes = [len(task.eval_docs) for task in tasks.values()]
+    return sum(size if limit is None else min(size, limit) for size in sizes)
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Mapping[str, Mapping[str, Any]],
+    settings: Settings,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Row]:
+    """Runs a model of transformers, quantised or not, on loaded tasks: one row a sample, in the tasks' order.
+
+    Args:
+        tasks: from `load_tasks`; an evaluation changes them, so load them anew for every model.
+        progress: called with (tasks done, all tasks).
+    """
+    import torch
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    cuda = next(model.parameters()).device.type == "cuda"
+    batch_size = settings.batch_size or ("auto" if cuda else 8)
+    model.eval()
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_batch_size=256)
+    rows: list[Row] = []
+    for done, (name, leaves) in enumerate(tasks.items()):
+        if progress is not None:
+            progress(done, len(tasks))
+        with torch.inference_mode():
+            result: Any = evaluate(
+                lm,
+                {"tasks": dict(leaves), "groups": {}, "group_map": {}},
+                limit=settings.limit,
+                bootstrap_iters=0,
+                apply_chat_template=settings.chat_template,
+                fewshot_as_multiturn=settings.chat_template,
+            )
+        for leaf, task in leaves.items():
+            rows += _rows(name, leaf, task, result["samples"][leaf])
+    if progress is not None:
+        progress(len(tasks), len(tasks))
+    return rows
+
+
+def save_rows(rows: Sequence[Row], path: Path) -> None:
+    """Writes a parquet file with a column for each field of `Row`; `load_rows` reads it back."""
+    import pyarrow
+    import pyarrow.parquet
+
+    types = {"str": pyarrow.string(), "int": pyarrow.int64(), "float": pyarrow.float64(), "bool": pyarrow.bool_()}
+    schema = pyarrow.schema(
+        [(name, types[str(field.type).split(" ")[0]]) for name, field in Row.__dataclass_fields__.items()]
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([asdict(row) for row in rows], schema=schema), temporary)
+    temporary.replace(path)
+
+
+def load_rows(path: Path) -> list[Row]:
+    """Reads what `save_rows` wrote."""
+    import pyarrow.parquet
+
+    return [Row(**row) for row in pyarrow.parquet.read_table(path).to_pylist()]
+
+
+def _manager(expanded: Mapping[str, str]) -> Any:
+    """lm-eval's index of tasks; its own thousands (five seconds) only where one of them is asked for."""
+    import logging
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=not all(map(is_file, expanded.values())))
+
+
+def _local(path: Path) -> dict[str, Any]:
+    """A local task's definition, with the files that lie beside it by their full paths."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    settings: dict[str, Any] = dict(load_yaml(path))
+    if not isinstance(settings.get("task"), str):
+        raise ValueError(f"{path} has no `task: NAME`; a group of local tasks is a list of their files")
+    arguments = dict(settings.get("dataset_kwargs") or {})
+    if "data_files" in arguments:
+        settings["dataset_kwargs"] = arguments | {"data_files": _beside(path, arguments["data_files"])}
+    return settings
+
+
+def _beside(path: Path, files: Any) -> Any:
+    match files:
+        case str():
+            found = path.parent / files
+            return str(found.resolve()) if found.exists() else files
+        case list():
+            return [_beside(path, file) for file in files]
+        case dict():
+            return {key: _beside(path, file) for key, file in files.items()}
+    return files
+
+
+def _check_task(name: str, task: Any) -> None:
+    if getattr(task, "UNSAFE_CODE", False) or getattr(task.config, "unsafe_code", False):
+        raise UserError(f"eval.tasks: {name} runs code that the model writes, which is not done here; leave it out")
+    if getattr(task, "MULTIMODAL", False):
+        raise UserError(f"eval.tasks: {name} needs images or sound, and a language model has none; leave it out")
+    if not len(task.eval_docs):
+        raise UserError(f"eval.tasks: {name} has no samples; look at its test_split and data_files")
+
+
+def _rows(name: str, leaf: str, task: Any, samples: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+    filters = list(dict.fromkeys(str(sample["filter"]) for sample in samples))
+    chosen = _FILTER if _FILTER in filters else filters[0]
+    shown = [sample for sample in samples if sample["filter"] == chosen]
+    listed = [metric for metric in task.higher_is_better() if metric in shown[0]["metrics"]] or shown[0]["metrics"]
+    metric = next((metric for metric in listed if _measured(metric, shown[0][metric]) is not None), None)
+    unit = None if metric is None else _PER_UNIT.get(metric, metric)
+    better = metric is not None and metric not in _PER_UNIT and bool(task.higher_is_better().get(metric, True))
+    for sample in shown:
+        value, weight = (_measured(metric, sample[metric]) if metric is not None else None) or (None, 1.0)
+        first = sample["arguments"][0]
+        yield Row(
+            name=name,
+            task=leaf,
+            doc_id=int(sample["doc_id"]),
+            doc_hash=str(sample["doc_hash"]),
+            metric=unit,
+            value=value,
+            weight=weight,
+            higher_is_better=better,
+            prompt=str(first[0]),
+            target=_target(sample["target"], sample["arguments"]),
+            response=_response(sample),
+        )
+
+
+def _measured(metric: str, result: Any) -> tuple[float, float] | None:
+    """(value, weight) of a sample, None where the metric exists of the whole task only (bleu, a corpus's f1)."""
+    if metric in _PER_UNIT:
+        log_likelihood, weight = result
+        return -float(log_likelihood), float(weight)
+    try:
+        return float(result), 1.0
+    except (TypeError, ValueError):
+        return None
+
+
+def _target(target: Any, arguments: Sequence[Any]) -> str:
+    """A choice's number as its text."""
+    if isinstance(target, int) and not isinstance(target, bool) and len(arguments) > target and len(arguments[0]) > 1:
+        return str(arguments[target][1])
+    return str(target)
+
+
+def _response(sample: Mapping[str, Any]) -> str:
+    """What was generated; of a choice the most likely one and its log-likelihood; of a text its log-likelihood."""
+    results = [response[0] for response in sample["resps"]]
+    if isinstance(results[0], (tuple, list)):
+        best = max(range(len(results)), key=lambda index: float(results[index][0]))
+        return f"{sample['arguments'][best][1]} ({float(results[best][0]):.3f})"
+    return str(results[0]) if isinstance(results[0], str) else f"{float(results[0]):.3f}"
+
+
+def _plain(value: Any) -> str:
+    """For JSON: functions and other objects by name, never by address."""
+    return str(getattr(value, "__name__", None) or type(value).__name__)

@@ -1,0 +1,116 @@
+"""What a run shows, in words that claim no more than its intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from quantize.arms import format_accuracy, format_difference, format_loss, format_points
+
+Metrics = Mapping[str, Any]
+
+_FEW_SAMPLES = 30
+_COMPARED = (("final", "ptq"), ("final", "control"), ("final", "tuned"), ("final", "base"))
+
+
+def verdict(metrics: Metrics) -> list[str]:
+    """What the run shows, one sentence a finding."""
+    no_ptq = metrics["ptq"]["loss"] is None
+    sentences = [
+        *_finding(metrics, "final", "ptq", "the control quantised after training (ptq)"),
+        *(_finding(metrics, "final", "tuned", "this run before quantisation (tuned)") if no_ptq else ()),
+        *_finding(metrics, "final", "control", "the 16-bit control (control)"),
+        *_finding(metrics, "final", "base", "the untouched model (base)"),
+        *_finding(metrics, "ptq", "control", "the 16-bit control (control)"),
+        *_tasks(metrics),
+    ]
+    if metrics["recovered"] is not None:
+        bounds = metrics["recovered_interval"]
+        known = bounds["low"] is not None
+        interval = f" (95% interval {bounds['low']:.0%} to {bounds['high']:.0%})" if known else ""
+        unclear = "" if known else f"; {why(metrics, 'recovered_interval.low')}"
+        sentences.append(
+            f"Of the loss that quantisation costs, {metrics['recovered']:.0%} is recovered{interval}{unclear}."
+        )
+    if not sentences:
+        return ["Nothing was compared in this run."]
+    few = metrics["n_samples"] < _FEW_SAMPLES
+    sentences.append(
+        f"Intervals are about the choice of the {metrics['n_samples']} held-out samples, at one training seed"
+        + ("; with so few of them they are rough." if few else ".")
+    )
+    return sentences
+
+
+def why(metrics: Metrics, key: str) -> str:
+    """The recorded reason for a null, by its own key or by one above it."""
+    parts = key.split(".")
+    names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    return next((str(metrics["why"][name]) for name in names if name in metrics["why"]), "no reason recorded")
+
+
+def _tasks(metrics: Metrics) -> Iterator[str]:
+    """What the tasks show together, and those that differ by themselves, of all that were looked at."""
+    for a, b in _COMPARED:
+        pair = f"{a}_vs_{b}"
+        compared = {
+            name: task["comparisons"][pair]
+            for name, task in metrics["tasks"].items()
+            if task["comparisons"][pair]["value"] is not None
+        }
+        if not compared or (b == "tuned" and metrics["control"]["loss"] is not None):
+            continue
+        mean = metrics["tasks_mean"]["comparisons"][pair]
+        if mean["value"] is not None:
+            words = _words(mean, "a lower mean score than", "a higher mean score than")
+            words = words or "a mean score that these samples cannot tell from that of"
+            count = metrics["tasks_mean"]["n_tasks"]
+            yield f"On {count} tasks {a} has {words} {b}: {format_points(mean)} points, 95% interval in brackets."
+        clear = [name for name, found in compared.items() if found["p_holm"] < 0.05]
+        if clear:
+            better = [name for name in clear if _is_better(metrics["tasks"][name], compared[name])]
+            worse = [name for name in clear if name not in better]
+            parts = [f"better on {', '.join(better)}"] * bool(better) + [f"worse on {', '.join(worse)}"] * bool(worse)
+            found = " and ".join(parts)
+            yield f"Task by task, {a} is {found} than {b} (Holm-adjusted p < 0.05, {len(compared)} tasks)."
+        else:
+            tasks = "task" if len(compared) == 1 else f"of the {len(compared)} tasks"
+            yield f"No {'single ' if len(compared) > 1 else ''}{tasks} shows a difference between {a} and {b}."
+
+
+def _is_better(task: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    return bool((found["value"] > 0) == task["higher_is_better"])
+
+
+def _finding(metrics: Metrics, first: str, second: str, name: str) -> Iterator[str]:
+    """Loss and accuracy of one arm against another; a difference is claimed only where its interval excludes 0."""
+    compared = metrics["comparisons"][f"{first}_vs_{second}"]
+    if compared["loss"]["value"] is None:
+        return
+    subject = "The shipped model (final" if first == "final" else f"The quantised control ({first}"
+    subject += ", simulated)" if metrics[first]["simulated"] else ")"
+    loss, accuracy = compared["loss"], compared["accuracy"]
+    a, b = metrics[first], metrics[second]
+    values = (
+        f"{format_loss(a['loss'])} against {format_loss(b['loss'])}, {format_difference(loss)} nats per answer token"
+    )
+    words = (
+        _words(loss, "a lower loss than", "a higher loss than") or "a loss that these samples cannot tell from that of"
+    )
+    yield f"{subject} has {words} {name}: {values}, 95% interval in brackets."
+    values = (
+        f"{format_accuracy(a['accuracy'])} against {format_accuracy(b['accuracy'])}, {format_points(accuracy)} points"
+    )
+    words = _words(accuracy, "fewer exact answers than", "more exact answers than")
+    if words and compared["mcnemar_p"] is not None and compared["mcnemar_p"] < 0.05:
+        yield f"It has {words} {name}: {values}, McNemar p = {compared['mcnemar_p']:.2g}."
+    else:
+        yield f"No difference in exact answers is shown against {name}: {values}."
+
+
+def _words(interval: Mapping[str, float | None], below: str, above: str) -> str:
+    """`below` or `above` where the whole interval lies on that side of 0, else nothing."""
+    low, high = interval["low"], interval["high"]
+    if low is None or high is None:
+        return ""
+    return below if high < 0 else above if low > 0 else ""
