@@ -17,10 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     try:
-        if options.verb == "schemes":
-            _schemes()
-        else:
-            _convert(options)
+        {"schemes": _schemes, "convert": _convert, "compare": _compare}[options.verb](options)
     except UserError as error:
         if options.debug:
             traceback.print_exc()
@@ -40,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="quantize", description="Formats and conversion of ongrid.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{schemes,convert}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{schemes,convert,compare}")
     verbs.add_parser("schemes", help="print the formats: bits, groups, where they run, how fast, what is missing here")
     convert = verbs.add_parser("convert", help="quantise a run's merged weights, or any checkpoint folder")
     convert.add_argument("source", metavar="RUN_OR_FOLDER", help="run directory or name, or a transformers folder")
@@ -50,12 +47,20 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--dtype", choices=("float32", "bfloat16"), help="weights that stay unquantised")
     convert.add_argument("--output", type=Path, help="folder to write, for a plain folder")
     convert.add_argument("--root", default="runs", help="where run names are looked up (default: runs)")
+    compare = verbs.add_parser("compare", help="several runs on one page: what differs, and what that changed")
+    compare.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run directories or names, or a folder of runs (a sweep)"
+    )
+    compare.add_argument(
+        "--output", type=Path, default=Path("comparison"), help="folder to write (default: comparison)"
+    )
+    compare.add_argument("--root", default="runs", help="where run names are looked up (default: runs)")
     for sub in verbs.choices.values():
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
-def _schemes() -> None:
+def _schemes(options: argparse.Namespace) -> None:
     from quantize.hardware import missing_for
 
     for scheme in SCHEMES.values():
@@ -66,6 +71,13 @@ def _schemes() -> None:
             missing = missing_for(target)
             print(f"  {target.name}: {'runs here' if not missing else 'missing here: ' + '; '.join(missing)}")
             print(f"    speed: {target.speed or 'not measured'}")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from quantize.compare import compare_runs
+
+    print(compare_runs(options.runs, options.root, options.output))
+    print(f"report: {options.output / 'report.html'}")
 
 
 def _convert(options: argparse.Namespace) -> None:

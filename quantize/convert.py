@@ -14,7 +14,7 @@ from torch import nn
 
 from quantize.errors import UserError
 from quantize.grid import quantised_weights
-from quantize.layers import Coverage, embedding_name, select_layers
+from quantize.layers import Coverage, embedding_name, select_layers, untie
 from quantize.numerics import Quantised
 from quantize.schemes import Scheme, Target
 
@@ -139,7 +139,7 @@ def quantise_(
     from transformers.quantizers import AutoHfQuantizer
 
     if scheme.embedding is not None:
-        _untie(model)
+        untie(model)
     for module, where, quantised in quantised_weights(model, scheme, target, group_size, coverage.layers, grid):
         dtype = module.weight.dtype
         assert isinstance(dtype, torch.dtype)
@@ -150,16 +150,6 @@ def quantise_(
     model.config.quantization_config = settings
     model.is_quantized, model.quantization_method = True, settings.quant_method
     _assert_quantised(model, coverage)
-
-
-def _untie(model: Any) -> None:
-    """Gives lm_head weights of its own: embedding and lm_head ship in different formats."""
-    if model.config.tie_word_embeddings:
-        model.config.tie_word_embeddings = False
-        weight = model.get_input_embeddings().weight.detach().clone()
-        model.get_output_embeddings().weight = nn.Parameter(weight, requires_grad=False)
-        model._tied_weights_keys = None
-        model.all_tied_weights_keys = {}
 
 
 def _assert_quantised(model: nn.Module, coverage: Coverage) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from quantize.arms import format_points, format_value
+from quantize.arms import format_points, format_size, format_value
 from quantize.document import Block, Heading, Items, Paragraph, Table
 from quantize.metrics import ARMS
 from quantize.plots import reference_pair
@@ -15,6 +15,8 @@ from quantize.verdict import why
 Metrics = Mapping[str, Any]
 
 _WORST_LAYERS = 8
+_PREFILL = "prefill_tokens_per_s"
+_SLOWER = 0.95  # within 5% is noise
 
 
 def tasks_section(metrics: Metrics) -> Iterator[Block]:
@@ -27,7 +29,7 @@ def tasks_section(metrics: Metrics) -> Iterator[Block]:
     reference = pair.removeprefix("final_vs_")
     yield Heading("Tasks")
     yield Paragraph(
-        "The same samples for every arm, run by lm-eval. Scores in percent, or nats where the metric says so. The last "
+        "The same samples for every arm, run by lm-eval. Shares in percent, other metrics as they are. The last "
         f"two columns compare final with {reference}: paired 95% interval, and p adjusted for the number of tasks "
         "(Holm)."
     )
@@ -37,7 +39,7 @@ def tasks_section(metrics: Metrics) -> Iterator[Block]:
             rows.append((name, "-", str(task["n_samples"]), *("-" for _ in arms), why(metrics, f"tasks.{name}"), "-"))
             continue
         compared = task["comparisons"][pair]
-        share = task["higher_is_better"]
+        share = task["share"]
         digits, factor = (1, 100.0) if share else (4, 1.0)
         scores = [format_value({**task[arm], "low": None}, digits, factor=factor) for arm in arms]
         difference = format_points(compared) if share else format_value(compared, 4)
@@ -49,6 +51,43 @@ def tasks_section(metrics: Metrics) -> Iterator[Block]:
         rows.append(("mean", f"of {mean['n_tasks']}", "", *scores, format_points(mean["comparisons"][pair]), ""))
     header = ("task", "metric", "samples", *arms, f"final - {reference} [95%]", "p")
     yield Table(header, rows, numeric=frozenset(range(2, len(header))))
+
+
+def cost_section(metrics: Metrics) -> Iterator[Block]:
+    """What running costs, beside 16 bit on the same machine; whether that is a gain is said, too."""
+    cost = metrics["cost"]
+    yield Heading("What it costs to run")
+    if cost["tuned"] is None:
+        yield Paragraph(f"Not measured: {why(metrics, 'cost')}.")
+        return
+    tuned, final, ratio = (cost[key] for key in ("tuned", "final", "ratio"))
+    size = {key: metrics["size"][f"{key}_mib"] for key in ("tuned", "final")}
+    process = "" if tuned["compiled"] else " of the process"
+
+    def row(name: str, pick: Callable[[Metrics], float], digits: int, times: float, word: str) -> tuple[str, ...]:
+        return name, f"{pick(tuned):,.{digits}f}", f"{pick(final):,.{digits}f}", f"{times:.2f} times as {word}"
+
+    rows = [row("prefill, tokens/s", lambda of: of[_PREFILL], 0, ratio[_PREFILL], "fast")]
+    for batch, times in ratio["decode_ms"].items():
+        name = f"decoding {batch} at a time, ms a token"
+        rows.append(row(name, lambda of, batch=batch: of["decode_ms"][batch], 2, times, "fast"))  # type: ignore[misc]
+    if ratio["peak_mib"] is not None:
+        rows.append(row(f"peak memory{process}, MiB", lambda of: of["peak_mib"], 1, ratio["peak_mib"], "much"))
+    if None not in size.values():
+        disk = f"{size['final'] / size['tuned']:.2f} times as much"
+        rows.append(("on disk, MiB", *(format_size(size[key]) for key in ("tuned", "final")), disk))
+    yield Table(("", "16 bit", "shipped", ""), rows, numeric=frozenset({1, 2, 3}))
+    how = "compiled, the cache of a fixed size" if tuned["compiled"] else "not compiled"
+    text = (
+        f"Through transformers' generate on this machine ({how}), prompts of {tuned['prompt_tokens']} tokens, medians."
+    )
+    slower = [batch for batch, times in ratio["decode_ms"].items() if times < _SLOWER]
+    if slower:
+        text += (
+            f" At batch {', '.join(slower)} the shipped format decodes slower here than 16 bit: what it saves here is "
+            "memory or disk, not time."
+        )
+    yield Paragraph(text)
 
 
 def layers_section(metrics: Metrics) -> Iterator[Block]:

@@ -19,6 +19,8 @@ from quantize.metrics import build_metrics
 
 _ARMS = ("base", "base_quantized", "control", "ptq", "tuned", "final")
 _MIB = 1 << 20
+GATHERED_VERSION = 2
+"""Of the form of gathered.json and of the files under eval/."""
 
 
 def write_report(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -59,6 +61,7 @@ def write_report(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, A
         finish_command=_finish_command(folder, chosen["target"]) if simulated else None,
         task_rows=tasks,
         layers=final.get("layers"),
+        cost=gathered["cost"],
     )
     losses = {arm: [(step, loss) for step, loss in points] for arm, points in gathered["losses"].items()}
     context = ReportContext(
@@ -105,6 +108,9 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
         raise UserError(
             f"{folder} was trained without a scheme; use: quantize convert {folder / 'merged'} --scheme NAME"
         )
+    if gathered.get("version") != GATHERED_VERSION:
+        raise UserError(f"{folder} was made by another version of ongrid; renew it first with: train --resume {folder}")
+    tasks = {"tasks": gathered["tasks"], "chat_template": gathered["chat_template"]}
     picked, missing = pick_target(find_scheme(chosen["scheme"]), target or chosen["target"])
     if missing:
         raise UserError(f"--target {picked.name}: this machine lacks {'; '.join(missing)}")
@@ -115,12 +121,12 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
                 f"the run was trained for {chosen['target']}, whose numbers differ from {picked.name}'s: "
                 "train for that target"
             )
+    _check_tasks(folder, gathered, tasks)
     find_scheme(chosen["scheme"]).pick_group_size(chosen["group_size"], picked)  # its kernel may offer fewer
     chosen = {**chosen, "target": picked.name, "missing": []}
     gathered["dtype"] = picked.dtype or gathered["dtype"]
     reference = folder / ("control/merged" if gathered["control"] else "merged")
     common = {"data": str(folder / "data" / "eval.parquet"), "batch_size": gathered["batch_size"]}
-    tasks = {"tasks": gathered["tasks"], "task_rows": str(task_rows_path(folder, "final"))} if gathered["tasks"] else {}
     trust = {"trust_remote_code": gathered["trust_remote_code"]}
     format_job = {key: chosen[key] for key in ("scheme", "target", "group_size")}
     inside = bool(gathered["qat"]) and not _outside(gathered)
@@ -135,20 +141,48 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
          "dtype": gathered["dtype"], **format_job, **trust, **grid},
         fake_job,
         {**evaluate, "name": "final", "model": str(folder / "quantized"), "dtype": None,
-         "scores": str(folder / "eval" / "final.parquet"), **tasks},
+         "scores": str(folder / "eval" / "final.parquet")},
         {**evaluate, "kind": "measure", "name": "layers", "model": str(folder / "merged"), "format": format_job,
          "shipped": str(folder / "quantized")},
+        *({"kind": "cost", "name": "cost", "model": str(folder / model), "dtype": dtype, **trust,
+           "batches": gathered["cost_batches"]}
+          for model, dtype in (("merged", gathered["dtype"]), ("quantized", None)) if gathered["cost_batches"]),
     ]  # fmt: skip
-    shipped, fake, final, layers = run_jobs(jobs, folder / "eval" / "finish.request.json", progress)
+    if gathered["tasks"]:
+        rows = str(task_rows_path(folder, "final"))
+        benchmark = {**evaluate, **tasks, "kind": "benchmark", "name": "tasks", "model": str(folder / "quantized")}
+        jobs.append(benchmark | {"dtype": None, "task_rows": rows})
+    shipped, fake, final, layers, *costs = run_jobs(jobs, folder / "eval" / "finish.request.json", progress)
     if grid:
         compare = {**fake_job, "kind": "compare", "name": "compare", "shipped": str(folder / "quantized")}
         request = folder / "eval" / "compare.request.json"
         check_gap(
             fake["loss"] - final["loss"], find_scheme(chosen["scheme"]), picked, lambda: run_jobs([compare], request)[0]
         )
-    gathered |= {"format": chosen, "shipped": shipped, "final": final | {"layers": layers}}
+    gathered |= {
+        "format": chosen,
+        "shipped": shipped,
+        "final": final | {"layers": layers},
+        "cost": costs[:2] if gathered["cost_batches"] else [],
+    }
     gathered["arms"]["fake"] = fake
     return write_report(folder, gathered)[0]
+
+
+def _check_tasks(folder: Path, gathered: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
+    """The tasks must be on this machine what they were where the other arms ran, or no pair can be made."""
+    from quantize.worker import run_jobs
+
+    if not gathered["tasks"]:
+        return
+    job = {**tasks, "kind": "tasks", "name": "tasks", "model": str(folder / "merged")}
+    job["trust_remote_code"] = gathered["trust_remote_code"]
+    (found,) = run_jobs([job], folder / "eval" / "tasks.request.json")
+    if found["fingerprint"] != gathered["task_key"]:
+        raise UserError(
+            f"{folder}: the tasks {', '.join(gathered['tasks']['names'])} are others here than where the run was made "
+            "(their files, their data or lm-eval's version), so what ships could not be compared: bring the same ones"
+        )
 
 
 def task_rows_path(folder: Path, arm: str) -> Path:
@@ -246,6 +280,8 @@ def _reasons(gathered: Mapping[str, Any]) -> dict[str, str]:
         why["backend_gap"] = "fake_quant.placement=outside: the plain graph of the merged weights is another function"
     if not gathered["qat"]:
         why["train_ship_gap"] = "this run has no QAT"
+    if not gathered["cost_batches"]:
+        why["cost"] = "eval.cost_batches is empty"
     if gathered["format"] and not gathered["shipped"]:
         missing = "; ".join(gathered["format"]["missing"])
         why |= dict.fromkeys(("size.final_mib", "size.bits_per_weight"), f"this machine lacks {missing}")

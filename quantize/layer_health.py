@@ -57,12 +57,14 @@ def compare_outputs(
         return hook
 
     handles = []
+    head: Any = reference
+    positions = 0 if head.get_output_embeddings() in [reference.get_submodule(name) for name in layers] else 1
     for name in layers:
         module = reference.get_submodule(name)
         handles.append(module.register_forward_pre_hook(remember(name), prepend=True))
         handles.append(module.register_forward_hook(compare(name)))
     try:
-        reference(**inputs, use_cache=False)
+        reference(**inputs, use_cache=False, logits_to_keep=positions)
     finally:
         for handle in handles:
             handle.remove()
@@ -73,7 +75,7 @@ def measure_layers(
 ) -> dict[str, LayerHealth]:
     """The health of each layer that these batches reach, in the order of `layers`, over all of them together.
 
-    Padded positions are left out: a batch's `attention_mask` says which they are.
+    Padded positions are left out where the layer sees them as such: a batch's `attention_mask` says which they are.
     """
     signal, noise, energy, count, largest = (dict.fromkeys(layers, 0.0) for _ in range(5))
     keep = torch.ones(1, 1, dtype=torch.bool)

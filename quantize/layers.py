@@ -132,3 +132,13 @@ def _other_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.dim() >= 2 and "lora_" not in leaf:
                 yield f"{plain_name(name)}.{leaf}", parameter
+
+
+def untie(model: Any) -> None:
+    """Gives lm_head weights of its own: embedding and lm_head ship in different formats."""
+    if model.config.tie_word_embeddings:
+        model.config.tie_word_embeddings = False
+        weight = model.get_input_embeddings().weight.detach().clone()
+        model.get_output_embeddings().weight = nn.Parameter(weight, requires_grad=False)
+        model._tied_weights_keys = None
+        model.all_tied_weights_keys = {}

@@ -70,6 +70,7 @@ def build_metrics(
     finish_command: str | None = None,
     task_rows: Rows | None = None,
     layers: Mapping[str, Mapping[str, float | None]] | None = None,
+    cost: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Everything that metrics.json holds.
 
@@ -87,6 +88,7 @@ def build_metrics(
         finish_command: what completes the run where the target can run.
         task_rows: results on tasks by arm.
         layers: by layer the fields of `quantize.layer_health.LayerHealth`.
+        cost: that of 16 bit and of what ships (see `quantize.cost.measure_cost`).
 
     Raises:
         UserError: a loss is not finite, or arms were not run on the same samples of a task.
@@ -111,6 +113,7 @@ def build_metrics(
         "sqnr": _sqnr(layers or {}),
         "layers": {name: dict(health) for name, health in (layers or {}).items()},
         "size": {key: _number(size.get(key)) for key in SIZES},
+        "cost": _cost(cost or ()),
         "coverage": {
             "quantized_fraction": _number(coverage.get("quantized_fraction")),
             "skipped": dict(coverage.get("skipped") or {}),
@@ -223,6 +226,24 @@ def _distribution(arms: Arms, reference: str | None, simulated: bool) -> dict[st
     return found
 
 
+def _cost(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """16 bit, what ships, and how many times faster that is (memory: its share)."""
+    if len(measured) != 2:
+        return {"tuned": None, "final": None, "ratio": None}
+    tuned, final = measured
+    return {"tuned": dict(tuned), "final": dict(final), "ratio": _ratios(tuned, final)}
+
+
+def _ratios(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """How many times faster `other` is than `base`, and its memory as a share of it."""
+    peaks = other["peak_mib"], base["peak_mib"]
+    return {
+        "prefill_tokens_per_s": other["prefill_tokens_per_s"] / base["prefill_tokens_per_s"],
+        "decode_ms": {batch: base["decode_ms"][batch] / time_ for batch, time_ in other["decode_ms"].items()},
+        "peak_mib": peaks[0] / peaks[1] if None not in peaks else None,
+    }
+
+
 def _bounds(interval: Interval | None) -> dict[str, float | None]:
     return dict(_NO_INTERVAL) if interval is None else {key: interval.as_dict()[key] for key in ("low", "high")}
 
@@ -285,9 +306,20 @@ def _default_reasons(metrics: Mapping[str, Any], arms: Arms, why: Mapping[str, s
     if metrics["kl"]["reference"] is None:
         reasons["kl.reference"] = reasons.get("final", _NOT_MEASURED)
     quantised = (
-        "this layer's output is equal to the last bit" if metrics["layers"] else reasons.get("final", _NOT_MEASURED)
+        "this layer's output is equal to the last bit, or all zero"
+        if metrics["layers"]
+        else reasons.get("final", _NOT_MEASURED)
     )
     reasons |= {"sqnr": quantised, "layers": quantised}
+    untold = "this system does not tell a process's peak"
+    reasons |= {
+        "cost": reasons.get("final", _NOT_MEASURED),
+        "cost.tuned.peak_mib": untold,
+        "cost.final.peak_mib": untold,
+    }
+    reasons["cost.ratio.peak_mib"] = untold
+    if metrics["simulated"]:
+        reasons["cost"] = "what ships does not run on this machine"
     for part in ("tasks_mean", *(f"tasks.{name}" for name in metrics["tasks"])):
         reasons |= {f"{part}.{arm}": reasons[arm] for arm in absent}
         for a, b in COMPARISONS:

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from quantize.arms import ArmRow, arm_rows
+from quantize.arms import arm_rows
+from quantize.statistics import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +33,8 @@ _QUANTISED = ("base_quantized", "ptq", "final")
 _MOST_POINTS = 600  # more than the picture has pixels helps nobody and makes the page heavy
 _STYLE: dict[str, Any] = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-    "svg.fonttype": "none", "font.family": "sans-serif", "figure.constrained_layout.use": True,
+    "svg.fonttype": "none", "text.parse_math": False,
+    "font.family": "sans-serif", "figure.constrained_layout.use": True,
 }  # fmt: skip
 
 Losses = Mapping[str, Sequence[tuple[float, float]]]
@@ -62,6 +64,24 @@ def draw_plots(metrics: Mapping[str, Any], losses: Losses) -> list[Plot]:
         _draw("forest", _forest_caption(metrics), _forest, 0.9 + 0.34 * len(_differences(metrics)), metrics),
         _draw("sqnr", "SQNR of each quantised layer's output, by depth: low is where it hurts", _sqnr, 3.0, metrics),
     )
+    return [plot for plot in drawn if plot is not None]
+
+
+def draw_comparison(
+    runs: Sequence[tuple[str, Mapping[str, Any], str]], differences: Sequence[tuple[str, Interval]], first: str
+) -> list[Plot]:
+    """Figures over several runs.
+
+    Args:
+        runs: (name, metrics, the arm that ships).
+        differences: (name, loss minus that of the first run).
+    """
+    height = 0.9 + 0.34 * len(differences)
+    drawn = (
+        _draw("size", "Held-out loss against size on disk, 95% intervals", _run_sizes, 3.0, runs),
+        _draw("forest", f"Loss minus that of {first}, nats per answer token, paired 95% intervals: left is better",
+              _run_forest, height, differences),
+    )  # fmt: skip
     return [plot for plot in drawn if plot is not None]
 
 
@@ -115,39 +135,67 @@ def _loss_curves(axes: Axes, losses: Losses) -> bool:
     return drawn
 
 
+@dataclass(frozen=True)
+class _Point:
+    """A model in the plane of size and loss."""
+
+    name: str
+    size: float
+    loss: float
+    bounds: Mapping[str, float | None]
+    colour: str
+    quantised: bool
+
+
 def _pareto(axes: Axes, metrics: Mapping[str, Any]) -> bool:
-    rows = [row for row in arm_rows(metrics) if row.size_mib is not None]
-    if len(rows) < 2:
+    points = [
+        _Point(row.name, row.size_mib, row.loss, metrics[row.name]["loss_interval"], _COLOURS[row.name],
+               row.name in _QUANTISED)
+        for row in arm_rows(metrics) if row.size_mib is not None
+    ]  # fmt: skip
+    return _scatter(axes, points)
+
+
+def _run_sizes(axes: Axes, runs: Sequence[tuple[str, Mapping[str, Any], str]]) -> bool:
+    points = []
+    for name, metrics, arm in runs:
+        size = metrics["size"]["final_mib" if arm == "final" else "tuned_mib"]
+        if size is not None:
+            bounds = metrics[arm]["loss_interval"]
+            points.append(_Point(name, size, metrics[arm]["loss"], bounds, _COLOURS[arm], arm == "final"))
+    return _scatter(axes, points)
+
+
+def _scatter(axes: Axes, points: Sequence[_Point]) -> bool:
+    if len(points) < 2:
         return False
-    for row in rows:
-        bounds = metrics[row.name]["loss_interval"]
-        low, high = (bounds[key] if bounds[key] is not None else row.loss for key in ("low", "high"))
-        marker = "s" if row.name in _QUANTISED else "o"
+    for point in points:
+        low, high = (point.loss if (bound := point.bounds[key]) is None else bound for key in ("low", "high"))
         axes.errorbar(
-            row.size_mib or 0.0, row.loss, yerr=[[row.loss - low], [high - row.loss]],
-            fmt=marker, color=_COLOURS[row.name], capsize=2, ms=6,
+            point.size, point.loss, yerr=_lengths(point.loss, low, high),
+            fmt="s" if point.quantised else "o", color=point.colour, capsize=2, ms=6,
         )  # fmt: skip
     axes.set_xlabel("MiB on disk (squares: quantised)")
     axes.set_ylabel("nats per answer token")
     axes.set_xlim(left=0)
     axes.margins(x=0.4)
-    for (size, loss), names in _together(rows):
+    for (size, loss), names in _together(points):
         axes.annotate(", ".join(names), (size, loss), xytext=(7, 3), textcoords="offset points", fontsize=9)
     return True
 
 
-def _together(rows: Sequence[ArmRow]) -> list[tuple[tuple[float, float], list[str]]]:
+def _together(points: Sequence[_Point]) -> list[tuple[tuple[float, float], list[str]]]:
     """Points with their names, those too close for two labels under one."""
-    losses, sizes = [row.loss for row in rows], [row.size_mib or 0.0 for row in rows]
+    losses, sizes = [point.loss for point in points], [point.size for point in points]
     height, width = (max(losses) - min(losses)) or 1.0, max(sizes) or 1.0
     found: list[tuple[tuple[float, float], list[str]]] = []
-    for row, size in zip(rows, sizes, strict=True):
-        for (other_size, other_loss), names in found:
-            if abs(size - other_size) < 0.1 * width and abs(row.loss - other_loss) < 0.07 * height:
-                names.append(row.name)
+    for point in points:
+        for (size, loss), names in found:
+            if abs(point.size - size) < 0.1 * width and abs(point.loss - loss) < 0.07 * height:
+                names.append(point.name)
                 break
         else:
-            found.append(((size, row.loss), [row.name]))
+            found.append(((point.size, point.loss), [point.name]))
     return found
 
 
@@ -158,10 +206,10 @@ def _differences(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any
     tasks = [
         (name, task["comparisons"][pair])
         for name, task in metrics["tasks"].items()
-        if task["higher_is_better"] and task["comparisons"][pair]["value"] is not None
+        if task["share"] and task["comparisons"][pair]["value"] is not None
     ]
     mean = metrics["tasks_mean"]["comparisons"][pair]
-    rows = [("held-out, exact", exact), (f"mean of {len(tasks)} tasks", mean), *tasks]
+    rows = [("held-out, exact", exact), (f"mean of {metrics['tasks_mean']['n_tasks']} tasks", mean), *tasks]
     return [(name, found) for name, found in rows if found["low"] is not None and found["high"] is not None]
 
 
@@ -176,15 +224,33 @@ def _forest_caption(metrics: Mapping[str, Any]) -> str:
 
 
 def _forest(axes: Axes, metrics: Mapping[str, Any]) -> bool:
-    rows = _differences(metrics)
+    rows = [
+        (name, Interval(*(100 * found[key] for key in ("value", "low", "high"))))
+        for name, found in _differences(metrics)
+    ]
+    axes.set_xlabel("percentage points")
+    return _intervals(axes, rows)
+
+
+def _run_forest(axes: Axes, differences: Sequence[tuple[str, Interval]]) -> bool:
+    axes.set_xlabel("nats per answer token")
+    return _intervals(axes, [(name, found) for name, found in differences if math.isfinite(found.high - found.low)])
+
+
+def _intervals(axes: Axes, rows: Sequence[tuple[str, Interval]]) -> bool:
+    """A line for each interval, one below the other, and the line of no difference."""
     for position, (_, found) in enumerate(rows):
-        value, low, high = (100 * found[key] for key in ("value", "low", "high"))
-        axes.errorbar(value, -position, xerr=[[value - low], [high - value]], fmt="o", color=_BLUE, capsize=3, ms=5)
+        lengths = _lengths(found.value, found.low, found.high)
+        axes.errorbar(found.value, -position, xerr=lengths, fmt="o", color=_BLUE, capsize=3, ms=5)
     axes.axvline(0, color=_GREY, lw=1, ls="--")
     axes.set_yticks([-position for position in range(len(rows))], [name for name, _ in rows])
     axes.set_ylim(-len(rows) + 0.4, 0.6)
-    axes.set_xlabel("percentage points")
     return bool(rows)
+
+
+def _lengths(value: float, low: float, high: float) -> list[list[float]]:
+    """What errorbar takes; a bound may lie on the value's other side by a rounding."""
+    return [[max(0.0, value - low)], [max(0.0, high - value)]]
 
 
 def _sqnr(axes: Axes, metrics: Mapping[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from quantize.arms import (
     format_value,
 )
 from quantize.document import Block, Code, Figure, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
-from quantize.evidence import layers_section, samples_section, tasks_section
+from quantize.evidence import cost_section, layers_section, samples_section, tasks_section
 from quantize.metrics import ARMS
 from quantize.plots import Plot
 from quantize.samples import WorstSample
@@ -88,6 +88,7 @@ def _blocks(metrics: Metrics, context: ReportContext) -> Iterator[Block]:
     if context.plots:
         yield Figures([Figure(f"plots/{plot.name}.png", plot.caption, plot.svg) for plot in context.plots])
     yield from _gap_section(metrics)
+    yield from cost_section(metrics)
     yield from layers_section(metrics)
     yield from samples_section(context.worst)
     yield from _coverage_section(metrics)

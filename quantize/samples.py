@@ -86,7 +86,7 @@ def _of_tasks(tasks: Mapping[str, Sequence[Row]], reference: str, shown: Sequenc
     found: dict[str, list[tuple[float, int]]] = {}
     for index, (final, before) in enumerate(zip(tasks["final"], tasks[reference], strict=True)):
         if final.value is not None and before.value is not None:
-            loss = (before.value - final.value) * (1 if final.higher_is_better else -1)
+            loss = (before.value - final.value) / final.weight * (1 if final.higher_is_better else -1)
             if loss > 0:
                 found.setdefault(final.name, []).append((loss, index))
     chosen = [index for each in found.values() for _, index in sorted(each, key=lambda pair: -pair[0])[:_EACH_TASK]]
@@ -98,7 +98,12 @@ def _of_tasks(tasks: Mapping[str, Sequence[Row]], reference: str, shown: Sequenc
             answer=_short(tasks["final"][index].target),
             unit=tasks["final"][index].metric or "",
             sides=[
-                Side(arm, float(tasks[arm][index].value or 0.0), _short(tasks[arm][index].response)) for arm in shown
+                Side(
+                    arm,
+                    float(tasks[arm][index].value or 0.0) / tasks[arm][index].weight,
+                    _short(tasks[arm][index].response),
+                )
+                for arm in shown
             ],
         )
         for index in chosen

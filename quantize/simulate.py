@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.grid import quantised_weights
-from quantize.layers import Coverage
+from quantize.layers import Coverage, untie
 from quantize.numerics import Numbers, Quantised
 from quantize.schemes import Scheme, Target
 
@@ -32,6 +32,8 @@ def simulate_(
     Args:
         grid: the weights as trained; None rounds the model's own weights to nearest.
     """
+    if scheme.embedding is not None:
+        untie(model)
     for module, where, quantised in quantised_weights(model, scheme, target, group_size, coverage.layers, grid):
         numbers, dtype = where.numbers(), module.weight.dtype
         assert isinstance(dtype, torch.dtype)

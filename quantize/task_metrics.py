@@ -85,6 +85,7 @@ def task_metrics(
         tasks[name] = {
             "metric": first[0].metric,
             "higher_is_better": first[0].higher_is_better,
+            "share": bool(results) and first[0].higher_is_better and all(_is_share(each) for each in results.values()),
             "n_samples": len(first),
             **{arm: results[arm].interval().as_dict() if arm in results else dict(NOTHING) for arm in arms},
             "comparisons": {f"{a}_vs_{b}": _compare(results.get(a), results.get(b)) for a, b in comparisons},
@@ -93,6 +94,24 @@ def task_metrics(
         _adjust([task["comparisons"][f"{a}_vs_{b}"] for task in tasks.values()])
     mean, reason = _mean(tasks, arms, comparisons)
     return tasks, mean, why | ({} if reason is None else {"tasks_mean": reason})
+
+
+def compare_rows(rows: Sequence[Row], others: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """By task of two runs' rows: the paired difference of the first from the second, with p; or the reason for none."""
+    ours, theirs = _by_name(rows), _by_name(others)
+    found: dict[str, dict[str, Any]] = {}
+    for name in ours:
+        if [_identity(row) for row in ours[name]] != [_identity(row) for row in theirs.get(name, ())]:
+            found[name] = {"reason": "other samples" if name in theirs else "not run there"}
+        elif ours[name][0].metric is None:
+            found[name] = {"reason": "no metric of a sample"}
+        else:
+            found[name] = _compare(*(_results("a run", name, each[name]) for each in (ours, theirs)))
+    return found
+
+
+def _identity(row: Row) -> tuple[Any, ...]:
+    return row.task, row.doc_id, row.doc_hash, row.metric
 
 
 def _by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -106,10 +125,7 @@ def _check_same_samples(split: Mapping[str, Mapping[str, Sequence[Row]]]) -> Non
     arms = list(split)
     for arm in arms[1:]:
         for name in dict.fromkeys([*split[arms[0]], *split[arm]]):
-            ours, theirs = (
-                [(row.task, row.doc_id, row.doc_hash, row.metric) for row in split[each].get(name, ())]
-                for each in (arms[0], arm)
-            )
+            ours, theirs = ([_identity(row) for row in split[each].get(name, ())] for each in (arms[0], arm))
             if ours != theirs:
                 raise UserError(
                     f"{name}: {arm} and {arms[0]} were not run on the same samples ({len(theirs)} and {len(ours)}), so "
@@ -151,7 +167,7 @@ def _mean(
     tasks: Mapping[str, Any], arms: Sequence[str], comparisons: Sequence[tuple[str, str]]
 ) -> tuple[dict[str, Any], str | None]:
     """The mean over the tasks whose metric is a share of 1, each task of equal weight, as model cards give it."""
-    counted = [task for task in tasks.values() if task["higher_is_better"] and _is_share(task, arms)]
+    counted = [task for task in tasks.values() if task["share"]]
 
     def mean(pick: Any) -> dict[str, Any]:
         found = [pick(task) for task in counted]
@@ -171,6 +187,6 @@ def _mean(
     return whole, "a mean needs two tasks whose metric is a share of 1" if len(counted) < 2 else None
 
 
-def _is_share(task: Mapping[str, Any], arms: Sequence[str]) -> bool:
-    values = [task[arm]["value"] for arm in arms if task[arm]["value"] is not None]
-    return bool(values) and all(0 <= value <= 1 for value in values)
+def _is_share(results: Results) -> bool:
+    """From 0 to 1, as an accuracy is; shown in percent and percentage points."""
+    return bool(((results.values >= 0) & (results.values <= 1) & (results.weights == 1)).all())

@@ -10,10 +10,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from quantize.errors import UserError
 
@@ -35,7 +39,13 @@ RELEASE13: Mapping[str, str] = {
 """The 13 tasks of the model cards of PyTorch's quantised releases (September 2025), and lm-eval's names of them."""
 
 _FILTER = "flexible-extract"  # where a task offers several: what the answer is, not how it is set
-_PER_UNIT = {"word_perplexity": "nats per word", "byte_perplexity": "nats per byte", "bits_per_byte": "nats per byte"}
+_LARGEST_BATCH = 64  # to begin with on CUDA; halved while memory does not suffice
+_PER_UNIT = {
+    "perplexity": "nats per answer",
+    "word_perplexity": "nats per word",
+    "byte_perplexity": "nats per byte",
+    "bits_per_byte": "nats per byte",
+}
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,8 @@ def load_tasks(settings: Settings) -> dict[str, dict[str, Any]]:
     manager = _manager(expanded)
     found: dict[str, dict[str, Any]] = {}
     for name, spec in expanded.items():
+        random.seed(settings.seed)  # some tasks shuffle their choices when they are loaded
+        np.random.seed(settings.seed)  # noqa: NPY002  it is theirs to draw from
         try:
             tasks = manager.load([_local(Path(spec)) if is_file(spec) else spec])["tasks"]
         except Exception as error:  # lm-eval and datasets raise whatever the task's file, its code or the network does
@@ -172,12 +184,36 @@ def fingerprint(tasks: Mapping[str, Mapping[str, Any]], settings: Settings) -> s
     digest.update(json.dumps(asdict(settings)).encode())
     for name, leaves in tasks.items():
         for leaf, task in leaves.items():
-            digest.update(json.dumps([name, leaf, task.dump_config()], default=_plain, sort_keys=True).encode())
+            definition = json.dumps([name, leaf, task.dump_config()], default=_plain, sort_keys=True)
+            digest.update(re.sub("0x[0-9a-f]+", "", definition).encode())  # lm-eval writes some functions' addresses
             for number, document in enumerate(task.eval_docs):
                 if settings.limit is not None and number >= settings.limit:
                     break
                 digest.update(json.dumps(document, default=_plain, sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+def definition_key(names: Sequence[str]) -> str:
+    """Of lm-eval's version, and of local tasks' files with what lies beside them; loads no task."""
+    from importlib.metadata import version
+
+    digest = hashlib.sha256(version("lm_eval").encode())
+    for spec in filter(is_file, expand(names).values()):
+        path = Path(spec)
+        files = {found for kind in ("*.yaml", "*.yml", "*.py") for found in path.parent.glob(kind)}
+        files |= set(_paths(_local(path).get("dataset_kwargs", {}).get("data_files")))
+        for file in sorted(files):
+            digest.update(file.name.encode() + (file.read_bytes() if file.is_file() else b""))
+    return digest.hexdigest()[:16]
+
+
+def _paths(files: Any) -> Iterator[Path]:
+    match files:
+        case str():
+            yield Path(files)
+        case list() | dict():
+            for file in files.values() if isinstance(files, dict) else files:
+                yield from _paths(file)
 
 
 def count_samples(tasks: Mapping[str, Any], limit: int | None) -> int:
@@ -196,23 +232,26 @@ def run_tasks(
     """Runs a model of transformers, quantised or not, on loaded tasks: one row a sample, in the tasks' order.
 
     Args:
-        tasks: from `load_tasks`; an evaluation changes them, so load them anew for every model.
+        tasks: from `load_tasks`; an evaluation changes them, so load them anew for every model. Subtasks of a group
+            whose metrics differ are reported under their own names.
         progress: called with (tasks done, all tasks).
     """
     import torch
+    from accelerate.utils import find_executable_batch_size
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    cuda = next(model.parameters()).device.type == "cuda"
-    batch_size = settings.batch_size or ("auto" if cuda else 8)
     model.eval()
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_batch_size=256)
-    rows: list[Row] = []
-    for done, (name, leaves) in enumerate(tasks.items()):
-        if progress is not None:
-            progress(done, len(tasks))
+    head = model.get_output_embeddings().weight
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+    assert model.get_output_embeddings().weight is head, "lm-eval ties weights anew where the config says tied"
+    cuda = next(model.parameters()).device.type == "cuda"
+
+    def run(batch_size: int, leaves: Mapping[str, Any]) -> Any:
+        # lm-eval's own search tries the model's longest context, of which a task needs a hundredth.
+        lm.batch_size_per_gpu = batch_size
         with torch.inference_mode():
-            result: Any = evaluate(
+            return evaluate(
                 lm,
                 {"tasks": dict(leaves), "groups": {}, "group_map": {}},
                 limit=settings.limit,
@@ -220,11 +259,19 @@ def run_tasks(
                 apply_chat_template=settings.chat_template,
                 fewshot_as_multiturn=settings.chat_template,
             )
-        for leaf, task in leaves.items():
-            rows += _rows(name, leaf, task, result["samples"][leaf])
+
+    found: list[Row] = []
+    for done, (name, leaves) in enumerate(tasks.items()):
+        if progress is not None:
+            progress(done, len(tasks))
+        first = settings.batch_size or (_LARGEST_BATCH if cuda else 8)
+        result = find_executable_batch_size(run, starting_batch_size=first)(leaves)
+        rows = [row for leaf, task in leaves.items() for row in _rows(name, leaf, task, result["samples"][leaf])]
+        pooled = len({(row.metric, row.higher_is_better) for row in rows}) == 1
+        found += rows if pooled else [replace(row, name=row.task) for row in rows]
     if progress is not None:
         progress(len(tasks), len(tasks))
-    return rows
+    return found
 
 
 def save_rows(rows: Sequence[Row], path: Path) -> None:
@@ -297,13 +344,15 @@ def _rows(name: str, leaf: str, task: Any, samples: Sequence[Mapping[str, Any]])
     filters = list(dict.fromkeys(str(sample["filter"]) for sample in samples))
     chosen = _FILTER if _FILTER in filters else filters[0]
     shown = [sample for sample in samples if sample["filter"] == chosen]
-    listed = [metric for metric in task.higher_is_better() if metric in shown[0]["metrics"]] or shown[0]["metrics"]
-    metric = next((metric for metric in listed if _measured(metric, shown[0][metric]) is not None), None)
+    directions = task.higher_is_better()
+    listed = [metric for metric in directions if metric in shown[0]["metrics"]] or shown[0]["metrics"]
+    measured = {metric: [_measured(metric, sample.get(metric)) for sample in shown] for metric in listed}
+    metric = next((metric for metric, results in measured.items() if None not in results), None)
+    results = [(None, 1.0)] * len(shown) if metric is None else measured[metric]
     unit = None if metric is None else _PER_UNIT.get(metric, metric)
-    better = metric is not None and metric not in _PER_UNIT and bool(task.higher_is_better().get(metric, True))
-    for sample in shown:
-        value, weight = (_measured(metric, sample[metric]) if metric is not None else None) or (None, 1.0)
-        first = sample["arguments"][0]
+    better = metric not in _PER_UNIT and directions.get(metric) is not False
+    for sample, result in zip(shown, results, strict=True):
+        value, weight = result or (None, 1.0)
         yield Row(
             name=name,
             task=leaf,
@@ -313,7 +362,7 @@ def _rows(name: str, leaf: str, task: Any, samples: Sequence[Mapping[str, Any]])
             value=value,
             weight=weight,
             higher_is_better=better,
-            prompt=str(first[0]),
+            prompt=str(sample["arguments"][0][0]),
             target=_target(sample["target"], sample["arguments"]),
             response=_response(sample),
         )
@@ -321,10 +370,12 @@ def _rows(name: str, leaf: str, task: Any, samples: Sequence[Mapping[str, Any]])
 
 def _measured(metric: str, result: Any) -> tuple[float, float] | None:
     """(value, weight) of a sample, None where the metric exists of the whole task only (bleu, a corpus's f1)."""
-    if metric in _PER_UNIT:
-        log_likelihood, weight = result
-        return -float(log_likelihood), float(weight)
     try:
+        if metric == "perplexity":  # lm-eval's name for the answer's log-likelihood
+            return -float(result), 1.0
+        if metric in _PER_UNIT:
+            log_likelihood, weight = result
+            return -float(log_likelihood), float(weight)
         return float(result), 1.0
     except (TypeError, ValueError):
         return None
@@ -332,7 +383,8 @@ def _measured(metric: str, result: Any) -> tuple[float, float] | None:
 
 def _target(target: Any, arguments: Sequence[Any]) -> str:
     """A choice's number as its text."""
-    if isinstance(target, int) and not isinstance(target, bool) and len(arguments) > target and len(arguments[0]) > 1:
+    choice = isinstance(target, int) and not isinstance(target, bool) and 0 <= target < len(arguments)
+    if choice and len(arguments[target]) > 1 and isinstance(arguments[target][1], str):
         return str(arguments[target][1])
     return str(target)
 
@@ -342,7 +394,9 @@ def _response(sample: Mapping[str, Any]) -> str:
     results = [response[0] for response in sample["resps"]]
     if isinstance(results[0], (tuple, list)):
         best = max(range(len(results)), key=lambda index: float(results[index][0]))
-        return f"{sample['arguments'][best][1]} ({float(results[best][0]):.3f})"
+        same = len({str(arguments[1]) for arguments in sample["arguments"]}) == 1  # the choice is in the prompt
+        said = sample["arguments"][best][0 if same and len(results) > 1 else 1]
+        return f"{said} ({float(results[best][0]):.3f})"
     return str(results[0]) if isinstance(results[0], str) else f"{float(results[0]):.3f}"
 
 

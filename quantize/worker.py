@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +98,10 @@ def evaluate(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> di
     """Scores one checkpoint, quantised or not, or the simulation of its quantised form.
 
     Keys: model, dtype, data (parquet), batch_size, scores (parquet to write); optional simulate {scheme, target,
-    group_size}, grid (the weights as trained), reference (a checkpoint to measure KL from), trust_remote_code, and
-    tasks (settings of `quantize.tasks`) with task_rows (parquet to write).
+    group_size}, grid (the weights as trained), reference (a checkpoint to measure KL from), trust_remote_code.
     """
     from quantize.convert import memory_bytes
     from quantize.evaluate import evaluate_model, read_samples, texts_of
-    from quantize.tasks import Settings, load_tasks, run_tasks, save_rows
 
     model, _ = _load(job)
     reference = None
@@ -112,19 +109,29 @@ def evaluate(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> di
         reference, _ = _load({**job, "model": job["reference"], "dtype": job.get("reference_dtype"), "simulate": None})
     samples = read_samples(Path(job["data"]))
     scores = evaluate_model(model, samples, batch_size=job["batch_size"], reference=reference, progress=progress)
-    tokenizer = _tokenizer(job)
-    scores.save(Path(job["scores"]), texts_of(samples, scores, tokenizer.decode))
-    del reference
-    if job.get("tasks"):
-        settings = Settings(**job["tasks"])
-        save_rows(run_tasks(model, tokenizer, load_tasks(settings), settings, progress), Path(job["task_rows"]))
+    scores.save(Path(job["scores"]), texts_of(samples, scores, _tokenizer(job).decode))
     return {"loss": scores.loss, "kl": scores.kl_per_token, "memory_bytes": memory_bytes(model)}
+
+
+def benchmark(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """Runs a model on tasks.
+
+    Keys: those of `evaluate` that make the model, tasks (settings of `quantize.tasks`), task_rows (parquet to write);
+    optional chat_template.
+    """
+    from quantize.tasks import Settings, load_tasks, run_tasks, save_rows
+
+    model, _ = _load(job)
+    settings = Settings(**job["tasks"])
+    save_rows(run_tasks(model, _tokenizer(job), load_tasks(settings), settings, progress), Path(job["task_rows"]))
+    return {}
 
 
 def check_tasks(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Loads the tasks with their data: what cannot be loaded is found before anything is trained.
 
-    Keys: tasks (settings of `quantize.tasks`), model (whose chat template they may need); optional trust_remote_code.
+    Keys: tasks (settings of `quantize.tasks`), model (whose chat template they may need); optional chat_template,
+    trust_remote_code.
 
     Returns:
         fingerprint of all that decides their results, and the number of samples by name.
@@ -140,7 +147,7 @@ def check_tasks(job: Mapping[str, Any], progress: Callable[[int, int], None]) ->
 
 
 def measure(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Each quantised layer beside its 16-bit original, on the first batches.
+    """Each quantised layer beside its 16-bit original, on batches of short and long samples.
 
     Keys: model (16 bit), dtype, data, batch_size, format {scheme, target, group_size}, and the quantised form: shipped
     (a checkpoint), or else the simulation, with grid; optional trust_remote_code.
@@ -159,19 +166,31 @@ def measure(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dic
     scheme = find_scheme(chosen["scheme"])
     layers = select_layers(reference, scheme, chosen["group_size"], scheme.find_target(chosen["target"])).layers
     device = _device()
+    every = list(batches(read_samples(Path(job["data"])), job["batch_size"]))  # the shortest texts first
+    chosen_batches = every[:: max(1, len(every) // _LAYER_BATCHES)]
     inputs = [
-        {"input_ids": ids.to(device), "attention_mask": attention.to(device)}
-        for _, ids, attention, _ in islice(batches(read_samples(Path(job["data"])), job["batch_size"]), _LAYER_BATCHES)
+        {"input_ids": ids.to(device), "attention_mask": attention.to(device)} for _, ids, attention, _ in chosen_batches
     ]
     found = measure_layers(reference, quantised, list(layers), inputs)
     return {name: asdict(health) for name, health in found.items()}
+
+
+def cost(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """What a checkpoint costs to run here. Keys: model, dtype, batches; optional trust_remote_code."""
+    from quantize.cost import measure_cost
+
+    model, _ = _load({**job, "simulate": None})
+    return measure_cost(model, job["batches"])
 
 
 def _tokenizer(job: Mapping[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     trust = job.get("trust_remote_code", False)
-    return AutoTokenizer.from_pretrained(job["model"], local_files_only=True, trust_remote_code=trust)
+    tokenizer = AutoTokenizer.from_pretrained(job["model"], local_files_only=True, trust_remote_code=trust)
+    if job.get("chat_template"):
+        tokenizer.chat_template = job["chat_template"]
+    return tokenizer
 
 
 def compare(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> list[tuple[str, float]]:
@@ -240,7 +259,9 @@ def main(argv: Sequence[str]) -> int:
         "convert": convert,
         "compare": compare,
         "measure": measure,
+        "cost": cost,
         "tasks": check_tasks,
+        "benchmark": benchmark,
     }
     results = []
     try:

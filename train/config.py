@@ -6,7 +6,7 @@ reading files and the command line is in `config_loading`.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -198,6 +198,9 @@ class EvalConfig(Section):
     """Put the tasks' prompts into the model's chat template."""
     task_batch_size: int | None = Field(default=None, ge=1)
     """Rows at once in tasks; null = found by trying on CUDA, 8 on a CPU."""
+
+    cost_batches: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [1, 8])
+    """Sequences at a time for which decoding is timed, in 16 bit and as shipped; [] = no timing."""
 
     def task_settings(self, seed: int) -> dict[str, Any] | None:
         """What `quantize.tasks.Settings` takes; None where there are no tasks."""

@@ -101,7 +101,10 @@ def _word(kind: Any) -> str:
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return "a section with keys"
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): ""}
-    return names.get(kind, "a list of texts" if get_origin(kind) is list else "keys with values")
+    if get_origin(kind) is list:
+        (element,) = get_args(kind)
+        return f"a list of {'whole numbers above 0' if int in (element, *get_args(element)) else 'texts'}"
+    return names.get(kind, "keys with values")
 
 
 def _near_choice(path: Sequence[str], value: Any) -> str | None:

@@ -10,7 +10,7 @@ import re
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -135,7 +135,7 @@ def parse_options(model: type[BaseModel], arguments: Sequence[str]) -> tuple[lis
             continue
         option = " ".join((token, *values))
         value = True if not values else read_value(values[0], annotation)
-        overrides.append(Override(option, path, value if len(values) < 2 else values))
+        overrides.append(Override(option, path, value if len(values) < 2 else _items(values, annotation)))
     return overrides, errors
 
 
@@ -161,14 +161,24 @@ def read_value(text: str, annotation: Any) -> Any:
         return _BOOLEANS.get(text.lower(), text)
     value = _as_yaml(text)
     if isinstance(value, list) and _takes_list(annotation):
-        return [str(item) for item in value]
+        return _items(value, annotation)
     if _takes_list(annotation) and ("," in text or str not in kinds):
-        return [_unquoted(part.strip()) for part in text.split(",") if part.strip()]
+        return _items([_unquoted(part.strip()) for part in text.split(",") if part.strip()], annotation)
     if str in kinds:
         return _unquoted(text)
     if int in kinds and float not in kinds and isinstance(value, float) and value.is_integer():
         return int(value)  # W&B's quantised distributions give 8.0
     return value
+
+
+def _items(values: Sequence[Any], annotation: Any) -> list[Any]:
+    """The elements of a list as its annotation wants them; what is no number is left for pydantic to refuse."""
+    wanted: Any = next(get_args(kind)[0] for kind in kinds_of(annotation) if get_origin(kind) is list)
+    if get_origin(wanted) is Annotated:
+        wanted = get_args(wanted)[0]
+    if wanted is int:
+        return [int(item) if str(item).strip().lstrip("+-").isdigit() else item for item in values]
+    return [str(item) for item in values]
 
 
 def _as_yaml(text: str) -> Any:

@@ -44,7 +44,7 @@ def prepare_data(config: DataConfig, tokenizer: Any, *, max_length: int, seed: i
     Raises:
         UserError: the data cannot be read, has no known format, or leaves nothing to learn.
     """
-    _set_template(tokenizer, config.chat_template)
+    tokenizer.chat_template = template_text(config.chat_template) or tokenizer.chat_template
     dropped = {"nothing to learn after truncation": 0, "equal to a held-out row": 0, "repeated": 0}
     rows = _tokenised(config, config.train, config.split, tokenizer, max_length, dropped)
     if config.eval is not None:
@@ -250,14 +250,20 @@ def _render(tokenizer: Any, messages: Sequence[dict[str, str]], prompt: bool) ->
     return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
 
 
-def _set_template(tokenizer: Any, name: str | None) -> None:
+def template_text(name: str | None) -> str | None:
+    """The configured chat template; None = the tokenizer's own.
+
+    Raises:
+        UserError: there is no such template.
+    """
     if name is not None:
         packaged = Path(__file__).parent / "chat_templates" / f"{name}.jinja"
         path = packaged if packaged.is_file() else Path(name).expanduser()
         if not path.is_file():
             known = ", ".join(sorted(found.stem for found in packaged.parent.glob("*.jinja")))
             raise UserError(f"data.chat_template={name} is neither packaged ({known}) nor a .jinja file")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
+    return None
 
 
 def _unique(rows: list[dict[str, Any]], dropped: dict[str, int]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The line, one step after another:
 
 config -> backend -> model -> data -> tasks -> baseline -> (control) -> fit -> merge -> arms -> quantise -> reload
--> report
+-> cost -> benchmarks -> report
 
 Each step is a stage of the run directory: done once, with a fingerprint of what it depends on, and skipped when the
 same run comes by again. That is also how resume works.
@@ -92,7 +92,9 @@ def _run_in(directory: RunDir, config: RunConfig, argv: Sequence[str], sinks: Se
         arms = stages.arms(data, control, tuned)
         shipped = stages.quantise(tuned)
         final = stages.final(data, arms, control, tuned, shipped)
-        metrics, report = stages.report(baseline, control, arms, tuned, shipped, final)
+        cost = stages.cost(tuned, shipped)
+        stages.benchmarks(control, tuned, shipped)
+        metrics, report = stages.report(baseline, control, arms, tuned, shipped, final, cost)
         events.emit(Event("run_finished", {"path": str(directory.path)}))
         return RunResult(directory.path, metrics, report)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.finish import copy_atomically
+from quantize.finish import GATHERED_VERSION, copy_atomically, task_rows_path
 from quantize.gate import check_gap
 from quantize.numerics import VERSION
 from quantize.schemes import find_scheme
@@ -135,9 +135,11 @@ class Stages:
         settings = self.config.eval.task_settings(self.config.run.seed)
         if settings is None:
             return {}
-        key = fingerprint_of(self.model_key, settings, self.config.data.chat_template)
-        trust = {"trust_remote_code": self.config.model.trust_remote_code}
-        job = {"kind": "tasks", "name": "tasks", "tasks": settings, "model": str(model.folder), **trust}
+        from quantize.tasks import definition_key
+
+        job = self._task_job() | {"kind": "tasks", "name": "tasks", "model": str(model.folder)}
+        job["trust_remote_code"] = self.config.model.trust_remote_code
+        key = fingerprint_of(self.model_key, job, definition_key(self.config.eval.tasks))
         found = self.log.run("tasks", key, lambda: self.log.jobs("tasks", [job])[0])
         self.task_key = found["fingerprint"]
         return found
@@ -150,36 +152,38 @@ class Stages:
             *(manifest["packages"][name] for name in ("torch", "torchao", "transformers")),
         ]
         settings = [self.merged_dtype, self._plain_dtype, self.config.eval.batch_size, computed_by, VERSION]
-        key = fingerprint_of(self.model_key, self.data_key, self.task_key, self._format_key(), settings)
+        key = fingerprint_of(self.model_key, self.data_key, self._format_key(), settings, "parquet")
         store = self.cache / "baseline" / key
+        jobs = [self._evaluate("base", model.folder, folder=store)]
+        if self.format is not None:
+            jobs.append(self._evaluate("base_quantized", model.folder, simulate=True, folder=store))
 
         def work() -> dict[str, Any]:
             if not (self.config.eval.baseline_cache and (store / "result.json").is_file()):
-                jobs = [self._evaluate("base", model.folder, folder=store)]
-                if self.format is not None:
-                    jobs.append(self._evaluate("base_quantized", model.folder, simulate=True, folder=store))
                 results = self.log.jobs("baseline", jobs)
                 memory = {job["name"]: result["memory_bytes"] for job, result in zip(jobs, results, strict=True)}
                 (store / "result.json").write_text(json.dumps({"memory_bytes": memory}), encoding="utf-8")
-            for path in store.glob("*.parquet"):
-                copy_atomically(path, self._eval / path.name)
+            for job in jobs:
+                copy_atomically(store / f"{job['name']}.parquet", self._eval / f"{job['name']}.parquet")
             stored: dict[str, Any] = json.loads((store / "result.json").read_text(encoding="utf-8"))
             return stored | {"disk_bytes": _weights_bytes(model.folder)}
 
-        return self.log.run("baseline", key, work)
+        result = self.log.run("baseline", key, work)
+        for job in jobs:
+            self._benchmark(job, key, store / self.task_key)
+        return result
 
     def arms(self, data: Prepared, control: Tuned | None, tuned: Tuned) -> dict[str, Any]:
         """control, ptq (the control quantised), tuned, and this run's merged weights fake-quantised."""
-        computed = [self._plain_dtype, self.format is not None and self.format.simulated, self.task_key]
+        computed = [self._plain_dtype, self.format is not None and self.format.simulated]
         key = fingerprint_of(self.data_key, self._format_key(), computed, control and control.result, tuned.result)
 
         def work() -> dict[str, Any]:
             jobs = [self._evaluate("tuned", tuned.merged)]
             if self.format is not None:
-                # It stands in for the shipped model, on tasks too, only where that one cannot run.
-                stands_in = self.format.simulated
-                reference = (control or tuned).merged if stands_in else None
-                fake = self._evaluate("fake", tuned.merged, simulate=True, reference=reference, tasks=stands_in)
+                # Its KL divergence stands in for that of the shipped model only where that one cannot run.
+                reference = (control or tuned).merged if self.format.simulated else None
+                fake = self._evaluate("fake", tuned.merged, simulate=True, reference=reference)
                 jobs.append(fake | {"grid": self._grid})
             if control is not None:
                 jobs.append(self._evaluate("control", control.merged))
@@ -282,14 +286,13 @@ class Stages:
         """What ships, reloaded from disk in a fresh process, and the proof that it is what was trained."""
         if self.format is None:
             return {}
-        upstream = [tuned.result, shipped, control and control.result, self.task_key]
+        upstream = [tuned.result, shipped, control and control.result]
         key = fingerprint_of(self.data_key, self._format_key(), *upstream)
 
         def work() -> dict[str, Any]:
             layers = self._evaluate("layers", tuned.merged) | {"kind": "measure", "format": self._format_key()}
             if not shipped:
-                for path in self._eval.glob("fake*.parquet"):
-                    copy_atomically(path, path.with_name(path.name.replace("fake", "final", 1)))
+                copy_atomically(self._eval / "fake.parquet", self._eval / "final.parquet")
                 measured = self.log.jobs("layers", [layers | {"grid": self._grid}])[0]
                 return {**arms["fake"], "layers": measured}
             reference, folder = (control or tuned).merged, self.directory.path / "quantized"
@@ -302,6 +305,58 @@ class Stages:
 
         return self.log.run("final", key, work)
 
+    def cost(self, tuned: Tuned, shipped: dict[str, Any]) -> dict[str, Any]:
+        """What 16 bit and what ships cost to run here, one after the other in one process."""
+        batches = self.config.eval.cost_batches
+        if not shipped or not batches:
+            return {}
+        common = {"kind": "cost", "batches": batches, "trust_remote_code": self.config.model.trust_remote_code}
+        models = {"16 bit": (tuned.merged, self._plain_dtype), "shipped": (self.directory.path / "quantized", None)}
+        jobs = [
+            {"name": name, "model": str(model), "dtype": dtype, **common} for name, (model, dtype) in models.items()
+        ]
+        key = fingerprint_of(tuned.result, shipped, batches)
+        return self.log.run("cost", key, lambda: {"measured": self.log.jobs("cost", jobs)})
+
+    def benchmarks(self, control: Tuned | None, tuned: Tuned, shipped: dict[str, Any]) -> None:
+        """The tasks on every arm that was trained, each a step of its own: it may take hours."""
+        upstream = [self._format_key(), self._plain_dtype]
+        jobs = [(self._evaluate("tuned", tuned.merged), tuned.result)]
+        if control is not None:
+            jobs.append((self._evaluate("control", control.merged), control.result))
+            if self.format is not None:
+                jobs.append((self._evaluate("ptq", control.merged, simulate=True), control.result))
+        if self.format is not None and shipped:
+            jobs.append((self._evaluate("final", self.directory.path / "quantized", dtype=None), shipped))
+        elif self.format is not None:
+            simulated = self._evaluate("final", tuned.merged, simulate=True) | {"grid": self._grid}
+            jobs.append((simulated, tuned.result))
+        for job, made in jobs:
+            self._benchmark(job, fingerprint_of(upstream, tuned.result, made))
+
+    def _benchmark(self, job: dict[str, Any], key: str, store: Path | None = None) -> None:
+        """Runs the tasks on one arm; results in `store` are shared by the runs of one root."""
+        if not self.task_key:
+            return
+        rows = task_rows_path(self.directory.path, job["name"])
+        kept = rows if store is None else store / rows.name
+
+        def work() -> dict[str, Any]:
+            if store is None or not (self.config.eval.baseline_cache and kept.is_file()):
+                asked = self._task_job() | {"kind": "benchmark", "task_rows": str(kept)}
+                self.log.jobs(f"tasks-{job['name']}", [job | asked])
+            if store is not None:
+                copy_atomically(kept, rows)
+            return {}
+
+        self.log.run(f"tasks-{job['name']}", fingerprint_of(key, self.task_key), work)
+
+    def _task_job(self) -> dict[str, Any]:
+        from train.data import template_text
+
+        settings = self.config.eval.task_settings(self.config.run.seed)
+        return {"tasks": settings, "chat_template": template_text(self.config.data.chat_template)}
+
     def report(
         self,
         baseline: dict[str, Any],
@@ -310,6 +365,7 @@ class Stages:
         tuned: Tuned,
         shipped: dict[str, Any],
         final: dict[str, Any],
+        cost: dict[str, Any],
     ) -> tuple[dict[str, Any], str]:
         """metrics.json, report.md, report.html."""
         from quantize.finish import write_report
@@ -335,12 +391,16 @@ class Stages:
             "dtype": self.merged_dtype,
             "trust_remote_code": self.config.model.trust_remote_code,
             "batch_size": self.config.eval.batch_size,
-            "tasks": self.config.eval.task_settings(self.config.run.seed),
+            **self._task_job(),
+            "version": GATHERED_VERSION,
+            "task_key": self.task_key,
+            "cost_batches": self.config.eval.cost_batches,
             "baseline": baseline,
             "arms": arms,
             "tuned": tuned.result,
             "shipped": shipped,
             "final": final,
+            "cost": cost.get("measured", []),
         }
         metrics, text = write_report(self.directory.path, gathered)
         self.events.emit(Event("metrics", metrics))
@@ -374,9 +434,8 @@ class Stages:
         reference: Path | None = None,
         folder: Path | None = None,
         dtype: str | None = "merged",
-        tasks: bool = True,
     ) -> dict[str, Any]:
-        """A job that scores one arm, on the held-out samples and on tasks, into `folder` (else this run's)."""
+        """A job that scores one arm on the held-out samples, into `folder` (else this run's)."""
         job: dict[str, Any] = {
             "kind": "evaluate",
             "name": arm,
@@ -389,9 +448,6 @@ class Stages:
             "reference_dtype": self._plain_dtype,
             "trust_remote_code": self.config.model.trust_remote_code,
         }
-        settings = self.config.eval.task_settings(self.config.run.seed) if tasks else None
-        if settings is not None:
-            job |= {"tasks": settings, "task_rows": str((folder or self._eval) / f"{arm}.tasks.parquet")}
         if simulate and self.format is not None:
             job["simulate"] = self.format.job()
         return job

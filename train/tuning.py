@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.evaluate import read_samples
 from quantize.grid import save_grid
+from train.data import template_text
 from train.fit import Learner, OnStep, QatPlan, backend_loss, build_learner, fit, save_adapter
 from train.merge import write_merged
 
@@ -104,6 +105,9 @@ class Tuning:
                 save_grid(folder, learner.prepared.grid())
         with self.directory.commit_folder(self.merged) as folder:
             write_merged(learner, self.model.folder, folder, dtype=self.merged_dtype, settings=self.config.model)
+            template = template_text(self.config.data.chat_template)
+            if template is not None:  # what was trained is prompted in it
+                (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         return {"backend_loss": loss, "key": self.key}
 
     def free(self) -> None:

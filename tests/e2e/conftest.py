@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-TINY = ("--config", "tiny.yaml", "--qat", "int8-int4")
+TINY = ("--config", "tiny.yaml", "--qat", "int8-int4", "--eval.cost-batches=[]")
 
 
 @dataclass(frozen=True)

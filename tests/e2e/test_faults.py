@@ -17,7 +17,7 @@ import pytest
 from quantize.errors import UserError
 from train.events import Event
 
-TINY = ("--config", "tiny.yaml", "--qat", "int8-int4")
+TINY = ("--config", "tiny.yaml", "--qat", "int8-int4", "--eval.cost-batches=[]")
 
 
 def _kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:

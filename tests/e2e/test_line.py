@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-TINY = ("--config", "tiny.yaml", "--qat", "int8-int4")
+TINY = ("--config", "tiny.yaml", "--qat", "int8-int4", "--eval.cost-batches=[]")
 ARMS = ("base", "base_quantized", "control", "ptq", "tuned", "final")
 
 
@@ -44,9 +44,13 @@ LOCAL_TASKS = '["examples/tasks/choices.yaml","examples/tasks/answers.yaml","exa
 def test_tasks_run_on_every_arm_and_their_results_lie_side_by_side(runs: Any) -> None:
     import pyarrow.parquet
 
-    options = (f"--eval.tasks={LOCAL_TASKS}", "--eval.limit=6", "--eval.chat-template=True", "--eval.control=True")
+    options = (f"--eval.tasks={LOCAL_TASKS}", "--eval.limit=6", "--eval.chat-template=True", "--eval.cost-batches=1,2")
     run = runs.finish(*TINY, *options, "--run.name=tasks")
     metrics = runs.metrics(run)
+    cost = metrics["cost"]
+    for model in (cost["tuned"], cost["final"]):
+        assert model["prefill_tokens_per_s"] > 0 and model["peak_mib"] > 100 and set(model["decode_ms"]) == {"1", "2"}
+    assert cost["ratio"]["decode_ms"]["2"] == cost["tuned"]["decode_ms"]["2"] / cost["final"]["decode_ms"]["2"]
     assert list(metrics["tasks"]) == ["choices", "answers", "perplexity"]
     for task in metrics["tasks"].values():
         assert task["n_samples"] == 6 and all(task[arm]["value"] is not None for arm in ARMS)
@@ -57,7 +61,13 @@ def test_tasks_run_on_every_arm_and_their_results_lie_side_by_side(runs: Any) ->
     assert held_out["prompt"][0].endswith("<|im_start|>assistant\n") and held_out["answer"][0].endswith("<|im_end|>")
     assert len(held_out["greedy"][0]) == held_out["tokens"][0] and held_out["top1"][0] <= held_out["tokens"][0]
     report = (run / "report.md").read_text()
-    for words in ("## Tasks", "## Which layer hurts", "## Where it lost most", "| perplexity | nats per word | 6 |"):
+    for words in (
+        "## Tasks",
+        "decoding 2 at a time",
+        "## Which layer hurts",
+        "## Where it lost most",
+        "| perplexity | nats per word | 6 |",
+    ):
         assert words in report
     assert (run / "plots" / "forest.png").stat().st_size > 1000
     shared = runs.root / ".cache" / "baseline"

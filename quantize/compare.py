@@ -1,0 +1,276 @@
+"""`quantize compare RUN RUN ...`: several runs on one page: what differs in their settings, and what that changed.
+
+Runs are compared in pairs with the first, on the samples and tasks that both have; where they have not the same, the
+row says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize.arms import (
+    format_accuracy,
+    format_difference,
+    format_loss,
+    format_points,
+    format_size,
+    format_value,
+)
+from quantize.document import Block, Figure, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
+from quantize.errors import UserError
+from quantize.statistics import Interval, holm, mcnemar, paired_accuracy_difference, paired_loss_difference
+from quantize.task_metrics import NOTHING, compare_rows
+
+if TYPE_CHECKING:
+    from quantize.evaluate import Scores
+    from quantize.tasks import Row
+
+_NO_SETTINGS = ("run.name", "run.root", "track.")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as its directory tells it.
+
+    Attributes:
+        arm: what is compared: final, or tuned where the run quantises nothing.
+        settings: by dotted name.
+        prompts: (prompt, answer) of each held-out sample.
+    """
+
+    name: str
+    arm: str
+    metrics: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    scores: Scores
+    prompts: Sequence[tuple[str, str]]
+    tasks: Sequence[Row] = ()
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One run against the first; `reason` says why there is nothing to pair."""
+
+    loss: Interval | None = None
+    accuracy: Interval | None = None
+    p: float | None = None
+    reason: str = ""
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def compare_runs(names: Sequence[str], root: str, output: Path) -> str:
+    """Writes report.md, report.html and plots/ of the comparison into `output`.
+
+    Args:
+        names: run directories, names under `root`, or folders of runs (a sweep's).
+
+    Returns:
+        The text of report.md.
+
+    Raises:
+        UserError: fewer than two runs, one that is none or is not finished, or files that cannot be read.
+    """
+    from quantize.finish import write_atomically
+    from quantize.plots import draw_comparison
+
+    folders = list(dict.fromkeys(folder for name in names for folder in find_runs(name, root)))
+    if len(folders) < 2:
+        raise UserError("compare needs two runs or more, or a folder that holds them: quantize compare RUN RUN")
+    runs = [load_run(folder) for folder in folders]
+    paired = [pair(runs[0], run) for run in runs[1:]]
+    plots = draw_comparison(
+        [(run.name, run.metrics, run.arm) for run in runs],
+        [(run.name, found.loss) for run, found in zip(runs[1:], paired, strict=True) if found.loss is not None],
+        runs[0].name,
+    )
+    figures = [Figure(f"plots/{plot.name}.png", plot.caption, plot.svg) for plot in plots]
+    blocks = list(_blocks(runs, paired, figures))
+    (output / "plots").mkdir(parents=True, exist_ok=True)
+    for plot in plots:
+        (output / "plots" / f"{plot.name}.png").write_bytes(plot.png)
+    text = to_markdown(blocks)
+    write_atomically(output / "report.md", text)
+    write_atomically(output / "report.html", to_html(f"{len(runs)} runs", blocks))
+    return text
+
+
+def find_runs(name: str, root: str) -> list[Path]:
+    """The run directory of that path or name, or the finished runs in that folder, by name."""
+    for path in (Path(name).expanduser(), Path(root).expanduser() / name):
+        if (path / "manifest.json").is_file():
+            return [path]
+        inside = sorted(manifest.parent for manifest in path.glob("*/manifest.json"))
+        finished = [folder for folder in inside if (folder / "metrics.json").is_file()]
+        if finished:
+            return finished
+        if inside:
+            raise UserError(f"{path}: none of its {len(inside)} runs is finished")
+    raise UserError(f"{name} is neither a run nor a folder of runs, as a path or under {root}")
+
+
+def load_run(folder: Path) -> Run:
+    """Reads a finished run.
+
+    Raises:
+        UserError: the run is not finished, or a file of it is damaged.
+    """
+    from quantize.evaluate import Scores, read_texts
+    from quantize.finish import task_rows_path
+    from quantize.tasks import load_rows
+
+    if not (folder / "metrics.json").is_file():
+        raise UserError(f"{folder} is not finished; continue it with: train --resume {folder}")
+    metrics, settings = (_read(folder / name) for name in ("metrics.json", "config.resolved.json"))
+    try:
+        arm = "final" if metrics["final"]["loss"] is not None else "tuned"
+        assert metrics[arm]["loss"] is not None and "tuned_mib" in metrics["size"] and "why" in metrics
+    except (AssertionError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'metrics.json'} is damaged or of another version: it has no loss") from error
+    path, tasks = folder / "eval" / f"{arm}.parquet", task_rows_path(folder, arm)
+    try:
+        scores, texts = Scores.load(path), read_texts(path)
+        rows = load_rows(tasks) if tasks.is_file() else []
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); run again: quantize compare needs the samples") from error
+    prompts = list(zip(texts.get("prompt", ()), texts.get("answer", ()), strict=True))
+    return Run(folder.name, arm, metrics, dict(_flat(settings)), scores, prompts, rows)
+
+
+def pair(first: Run, other: Run) -> Paired:
+    """`other` minus `first` on the samples that both were scored on."""
+    tasks = compare_rows(other.tasks, first.tasks)
+    if first.prompts != other.prompts or list(first.scores.tokens) != list(other.scores.tokens):
+        return Paired(reason="other held-out samples, or another tokenizer", tasks=tasks)
+    a, b = other.scores, first.scores
+    return Paired(
+        loss=paired_loss_difference(a.nll, b.nll, a.tokens),
+        accuracy=paired_accuracy_difference(a.exact, b.exact),
+        p=mcnemar(a.exact, b.exact),
+        tasks=tasks,
+    )
+
+
+def _blocks(runs: Sequence[Run], paired: Sequence[Paired], figures: Sequence[Figure]) -> Iterator[Block]:
+    first = runs[0]
+    yield Heading(f"ongrid: {len(runs)} runs", 1)
+    yield from _findings(runs, paired)
+    yield Heading("Results")
+    yield Paragraph(
+        f"Each run as it ships, on held-out samples; differences are from {first.name}, on the same samples, with "
+        "paired 95% intervals. Loss in nats per answer token. One training seed each: what another seed would change "
+        "is not in them."
+    )
+    header = ("run", "arm", "format", "loss", "difference [95%]", "exact", "points [95%]", "recovered", "MiB")
+    rows = [_row(run, found) for run, found in zip(runs, [None, *paired], strict=True)]
+    yield Table(header, rows, numeric=frozenset(range(3, 9)))
+    reasons = [f"{run.name}: {found.reason}" for run, found in zip(runs[1:], paired, strict=True) if found.reason]
+    if reasons:
+        yield Paragraph("Not paired:")
+        yield Items(reasons)
+    if figures:
+        yield Figures(figures)
+    yield from _tasks(runs, paired)
+    yield from _settings(runs)
+
+
+def _findings(runs: Sequence[Run], paired: Sequence[Paired]) -> Iterator[Block]:
+    """Which runs differ from the first beyond chance, of all that were looked at."""
+    known = [(run.name, found.loss) for run, found in zip(runs[1:], paired, strict=True) if found.loss is not None]
+    lower = [name for name, loss in known if loss.high < 0]
+    higher = [name for name, loss in known if loss.low > 0]
+    unclear = [name for name, loss in known if name not in (*lower, *higher)]
+    texts = [
+        f"{word} than {runs[0].name}: {', '.join(names)}."
+        for word, names in (("A lower loss", lower), ("A higher loss", higher))
+        if names
+    ]
+    if unclear:
+        texts.append(f"Not told apart from {runs[0].name} by these samples: {', '.join(unclear)}.")
+    if len(known) > 1:
+        texts.append(
+            f"{len(known)} runs were compared, each at 95%: of runs that do not differ at all, one in twenty looks as "
+            "if it did."
+        )
+    for number, text in enumerate(texts or ["No two runs were scored on the same samples."]):
+        yield Paragraph(text, strong=number == 0)
+
+
+def _row(run: Run, found: Paired | None) -> tuple[str, ...]:
+    metrics = run.metrics
+    arm = metrics[run.arm]
+    loss = format_difference(found.loss.as_dict()) if found and found.loss else "-"
+    points = format_points(found.accuracy.as_dict()) if found and found.accuracy else "-"
+    share = metrics["recovered"]
+    where = f"{metrics['scheme']}, {metrics['target']}" if metrics["scheme"] else "16 bit"
+    size = metrics["size"]["final_mib" if run.arm == "final" else "tuned_mib"]
+    mark = " (simulated)" if arm["simulated"] else ""
+    return (
+        run.name, run.arm + mark, where, format_loss(arm["loss"]), loss, format_accuracy(arm["accuracy"]), points,
+        "-" if share is None else f"{share:.0%}", format_size(size),
+    )  # fmt: skip
+
+
+def _tasks(runs: Sequence[Run], paired: Sequence[Paired]) -> Iterator[Block]:
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics["tasks"]))
+    if not names:
+        return
+    yield Heading("Tasks")
+    yield Paragraph(
+        f"Scores as shipped; behind them the difference from {runs[0].name} on the same samples, and p adjusted for "
+        "the number of tests in this table (Holm)."
+    )
+    tests = [found for each in paired for found in each.tasks.values() if found.get("p") is not None]
+    adjusted = dict(zip(map(id, tests), holm([found["p"] for found in tests]), strict=True))
+    rows = []
+    for name in names:
+        for run, each in zip(runs, [None, *paired], strict=True):
+            task = run.metrics["tasks"].get(name)
+            if task is None or task[run.arm]["value"] is None:
+                rows.append((name, run.name, "not run", "-", "-"))
+                continue
+            share = task["share"]
+            score = format_value(task[run.arm], 1 if share else 4, factor=100 if share else 1)
+            found = {} if each is None else each.tasks.get(name, {})
+            shown = found if found.get("value") is not None else NOTHING
+            difference = found.get("reason") or (format_points(shown) if share else format_difference(shown))
+            p = adjusted.get(id(found))
+            rows.append((name, run.name, score, difference, "-" if p is None else f"{p:.2g}"))
+    yield Table(("task", "run", "score [95%]", "difference [95%]", "p"), rows, numeric=frozenset({2, 3, 4}))
+
+
+def _settings(runs: Sequence[Run]) -> Iterator[Block]:
+    keys = list(dict.fromkeys(key for run in runs for key in run.settings))
+    differing = [
+        key
+        for key in keys
+        if not key.startswith(_NO_SETTINGS) and len({json.dumps(run.settings.get(key)) for run in runs}) > 1
+    ]
+    yield Heading("What differs in the settings")
+    if not differing:
+        yield Paragraph("Nothing but names.")
+        return
+    rows = [(key, *(_shown(run.settings.get(key)) for run in runs)) for key in differing]
+    yield Table(("setting", *(run.name for run in runs)), rows)
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
