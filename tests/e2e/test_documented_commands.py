@@ -22,6 +22,7 @@ RUN_IN_FULL = re.compile(r"tiny\.yaml|--model\.random=tiny|^quantize schemes")
 def _documented() -> Iterator[tuple[str, str]]:
     """(file:line, command), with continued lines joined."""
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("configs/*.yaml")]
+    files += ROOT.glob("examples/tasks/*.yaml")
     for file in files:
         fenced = file.suffix != ".md"
         lines = iter(enumerate(file.read_text(encoding="utf-8").splitlines(), 1))
@@ -47,10 +48,11 @@ def test_the_documents_hold_commands() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", DOCUMENTED)
-def test_a_documented_command_works(place: str, runs: Any) -> None:
+def test_a_documented_command_works(place: str, runs: Any, tmp_path: Path) -> None:
     command, *words = shlex.split(DOCUMENTED[place])
     if command == "quantize":
-        done = runs.quantize(*words)
+        here = ["--root", str(runs.root), "--output", str(tmp_path)] if words[0] == "compare" else []
+        done = runs.quantize(*words, *here)
     elif RUN_IN_FULL.search(DOCUMENTED[place]):
         done = runs.train(*words)
     else:

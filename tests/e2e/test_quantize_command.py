@@ -102,3 +102,56 @@ def test_a_machine_without_the_target_says_what_it_lacks(finished: Path, capsys:
         pytest.skip("this machine may run it")
     assert main(["convert", str(finished / "merged"), "--scheme", "int4"]) == 2
     assert "this machine lacks a CUDA GPU of compute capability 8.0" in capsys.readouterr().err
+
+
+def test_runs_are_compared_on_one_page_in_pairs(finished: Path, runs: Any, tmp_path: Path) -> None:
+    few = ("--config", "tiny.yaml", "--qat", "int3", "--eval.control=False", "--eval.cost-batches=[]")
+    other = runs.finish(*few, "--run.name=other-format")
+    fewer = runs.finish(*few, "--data.eval-samples=16", "--run.name=other-samples")
+    output = tmp_path / "page"
+    done = runs.quantize(
+        "compare", str(finished), str(other), fewer.name, "--root", str(runs.root), "--output", str(output)
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = (output / "report.md").read_text()
+    assert text.strip() in done.stdout
+    assert "| qat | int8-int4 | int3 | int3 |" in text
+    assert "other-samples: other held-out samples" in text
+    row = next(line for line in text.splitlines() if line.startswith("| other-format | final | int3, cpu |"))
+    difference = runs.metrics(other)["final"]["loss"] - runs.metrics(finished)["final"]["loss"]
+    assert f"{difference:+.4f} [" in row
+    assert "<svg" in (output / "report.html").read_text() and (output / "plots" / "size.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("metrics.json", "cannot be read"),
+        ("loss", "is damaged or of another version"),
+        ("samples", "cannot be read"),
+        ("unfinished", "is not finished; continue it with: train --resume"),
+        ("alone", "compare needs two runs or more"),
+        ("nowhere", "is neither a run nor a folder of runs"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(damage: str, said: str, finished: Path, runs: Any, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    for name in ("metrics.json", "manifest.json", "config.resolved.json", "eval/final.parquet"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes((finished / name).read_bytes())
+    names = [str(finished), str(copy)]
+    match damage:
+        case "metrics.json":
+            (copy / "metrics.json").write_text('{"final": {')
+        case "loss":
+            (copy / "metrics.json").write_text('{"final": {"loss": null}, "tuned": {}}')
+        case "samples":
+            (copy / "eval" / "final.parquet").write_bytes(b"PAR1")
+        case "unfinished":
+            (copy / "metrics.json").unlink()
+        case "alone":
+            names = names[:1]
+        case "nowhere":
+            names[1] = str(tmp_path / "gone")
+    done = runs.quantize("compare", *names, "--output", str(tmp_path / "page"))
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
