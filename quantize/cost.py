@@ -18,9 +18,9 @@ from transformers.generation.streamers import BaseStreamer
 
 PROMPT = 256
 """Tokens of each prompt."""
-NEW = 32
-"""Tokens that are decoded, of which the first belongs to the prefill."""
-_REPEATS = 3
+_CALLS = {"cuda": (2, 3, 32), "cpu": (1, 2, 12)}
+"""By device: calls that compile and record and are not counted, calls that are, and tokens generated in each, of which
+the first belongs to the prefill."""
 _MIB = 1 << 20
 
 
@@ -71,14 +71,15 @@ class _Clock(BaseStreamer):
 
 def _seconds(model: Any, ids: torch.Tensor) -> tuple[float, float]:
     """Median seconds of the prefill, and of a decoding step; the first calls compile and record, and do not count."""
-    settings: dict[str, Any] = {"min_new_tokens": NEW, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    warm, counted, new = _CALLS["cuda" if ids.is_cuda else "cpu"]
+    settings: dict[str, Any] = {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     settings |= {"attention_mask": torch.ones_like(ids), "cache_implementation": "static"}
     prefills, steps = [], []
-    for call in range(_REPEATS + 2):
+    for call in range(warm + counted):
         clock = _Clock()
         model.generate(ids, streamer=clock, **settings)
         prompt, first, *others = clock.times
-        if call < 2:
+        if call < warm:
             continue
         prefills.append(first - prompt)
         steps += [after - before for before, after in zip([first, *others], others, strict=False)]

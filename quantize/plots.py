@@ -191,7 +191,7 @@ def _together(points: Sequence[_Point]) -> list[tuple[tuple[float, float], list[
     found: list[tuple[tuple[float, float], list[str]]] = []
     for point in points:
         for (size, loss), names in found:
-            if abs(point.size - size) < 0.1 * width and abs(point.loss - loss) < 0.07 * height:
+            if abs(point.size - size) < 0.1 * width and abs(point.loss - loss) < 0.1 * height:
                 names.append(point.name)
                 break
         else:
