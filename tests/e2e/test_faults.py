@@ -132,10 +132,14 @@ def test_a_run_broken_off_at_every_boundary_gives_the_same_metrics(finished: Pat
             continue
     stages = _stages(whole.path)
     assert attempts == 2 * len(stages) + 1
-    assert result.metrics == whole.metrics
+    assert _without_timings(result.metrics) == _without_timings(whole.metrics)
     assert result.report.splitlines()[2:12] == whole.report.splitlines()[2:12]
     again = resume("piecemeal", root=str(runs.root))
-    assert again.metrics == whole.metrics
+    assert again.metrics == result.metrics, "what was timed is not timed again"
+
+
+def _without_timings(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metrics.items() if key != "cost"}
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
