@@ -22,6 +22,7 @@ from quantize.arms import (
 )
 from quantize.document import Block, Figure, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
 from quantize.errors import UserError
+from quantize.report import nested
 from quantize.statistics import Interval, holm, mcnemar, paired_accuracy_difference, paired_loss_difference
 from quantize.task_metrics import NOTHING, compare_rows
 
@@ -137,7 +138,7 @@ def load_run(folder: Path) -> Run:
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); run again: quantize compare needs the samples") from error
     prompts = list(zip(texts.get("prompt", ()), texts.get("answer", ()), strict=True))
-    return Run(folder.name, arm, metrics, dict(_flat(settings)), scores, prompts, rows)
+    return Run(folder.name, arm, metrics, dict(nested(settings)), scores, prompts, rows)
 
 
 def pair(first: Run, other: Run) -> Paired:
@@ -266,11 +267,3 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -27,7 +27,7 @@ from quantize.samples import WorstSample
 from quantize.schemes import SCHEMES
 from quantize.verdict import verdict, why
 
-__all__ = ["ReportContext", "arm_rows", "render_html", "render_markdown", "verdict"]
+__all__ = ["ReportContext", "arm_rows", "nested", "render_html", "render_markdown", "verdict"]
 
 Metrics = Mapping[str, Any]
 
@@ -201,7 +201,7 @@ def _recipe_section(context: ReportContext) -> Iterator[Block]:
             yield Paragraph(f"Training loss ({arm}): {said}.")
     facts = {"model": context.model, "data": context.data, "device": context.device}
     facts = {name: text for name, text in facts.items() if text} | {
-        name: str(value) for name, value in _nested(context.recipe)
+        name: str(value) for name, value in nested(context.recipe)
     }
     if facts:
         yield Table(("setting", "value"), list(facts.items()))
@@ -225,9 +225,10 @@ def _percent(share: float) -> str:
     return f"{math.floor(share * 1000) / 10:.1f}%"
 
 
-def _nested(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def nested(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every setting."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from _nested(value, f"{prefix}{key}.")
+            yield from nested(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
