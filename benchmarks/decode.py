@@ -5,20 +5,18 @@
 
 Random weights in the true shape; lm_head and embedding stay in 16 bit, as the schemes ship them. Each format is a
 process of its own, one after the other; ratios are against the first, which is measured again at the end: its own ratio
-shows what the machine drifted. On a GPU the decoder layers are compiled, the cache has a fixed size, and a decoding
-step, or the prefill of a prompt, is one CUDA graph. `SCHEME@TARGET` names a target: `int4@cuda-sm90-mslk`; `+eager`
-after a format leaves its layers uncompiled.
+shows what the machine drifted. Timed as a run's report does (`quantize.timing`): on a GPU the decoder layers are
+compiled, the cache has a fixed size, and a decoding step, or the prefill of a prompt, is one CUDA graph.
+`SCHEME@TARGET` names a target: `int4@cuda-sm90-mslk`; `+eager` after a format leaves its layers uncompiled.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +92,8 @@ def _run(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 def _measure(options: argparse.Namespace) -> int:
     import torch
 
+    from quantize.timing import StepTimer
+
     cuda = torch.cuda.is_available()
     name, _, how = options.child.partition("+")
     assert how in ("", "eager"), f"+{how} is not known"
@@ -101,22 +101,16 @@ def _measure(options: argparse.Namespace) -> int:
     about = {"format": options.child, "shape": options.shape, "layers": model.config.num_hidden_layers}
     about |= {"group_size": group_size, "weights_gib": round(weights / 2**30, 3), "torch": torch.__version__}
     about["device"] = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
-    if cuda and not how:
-        torch._dynamo.config.recompile_limit = 64
-        for layer in model.model.layers:
-            layer.compile(dynamic=False)
-    with torch.inference_mode():
+    with StepTimer(model, compiled=not how, calls=options.new) as timer:
         for batch in options.batches:
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
-            milliseconds = _decode(model, batch, options.new, cuda)
-            _say(about | {"what": "decode", "batch": batch}, milliseconds)
+            _say(about | {"what": "decode", "batch": batch}, timer.decode_ms(batch, CONTEXT))
         for batch, tokens in options.prompts:
             if cuda:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            milliseconds = _prefill(model, batch, tokens, cuda)
-            _say(about | {"what": "prefill", "batch": batch, "tokens": tokens}, milliseconds)
+            _say(about | {"what": "prefill", "batch": batch, "tokens": tokens}, timer.prefill_ms(batch, tokens))
     return 0
 
 
@@ -154,98 +148,6 @@ def _build(wanted: str, options: argparse.Namespace, device: str) -> tuple[Any, 
         torch.cuda.empty_cache()
         return model, torch.cuda.memory_allocated(), group
     return model, memory_bytes(model), group
-
-
-class _LayerCache:
-    """The keys and values (B, heads, T, D) of one layer; the newest token takes the last place.
-
-    transformers' static cache tells layers apart by their number, which would compile each layer anew.
-    """
-
-    def __init__(self, batch: int, config: Any, model: Any, last: Any) -> None:
-        shape = batch, config.num_key_value_heads, CONTEXT, config.head_dim
-        self.keys, self.values = (model.model.norm.weight.new_zeros(shape) for _ in range(2))
-        self.last = last
-
-    def update(self, keys: Any, values: Any, layer_idx: int, *rest: Any, **more: Any) -> tuple[Any, Any]:
-        """What a decoder layer calls with the newest token's."""
-        return self.keys.index_copy_(2, self.last, keys), self.values.index_copy_(2, self.last, values)
-
-
-def _logits(model: Any, ids: Any, positions: Any, caches: list[Any]) -> Any:
-    """The last token's. No mask: a new token looks at the whole cache, a prompt causally at itself."""
-    inner = model.model
-    hidden = inner.embed_tokens(ids)
-    angles = inner.rotary_emb(hidden, positions)
-    for layer, cache in zip(inner.layers, caches, strict=True):
-        hidden = layer(hidden, position_ids=positions, past_key_values=cache, position_embeddings=angles)
-    return model.lm_head(inner.norm(hidden[:, -1:]))
-
-
-def _decode(model: Any, batch: int, new: int, cuda: bool) -> float:
-    """Milliseconds a decoding step: one token for each sequence of the batch, the last of `CONTEXT`."""
-    import torch
-
-    config, device = model.config, model.device
-    last = torch.tensor([CONTEXT - 1], device=device)
-    caches = [_LayerCache(batch, config, model, last) for _ in model.model.layers]
-    ids = torch.randint(0, config.vocab_size, (batch, 1), device=device)
-
-    return _median(lambda: _logits(model, ids, last[None], caches), new, cuda)
-
-
-def _prefill(model: Any, batch: int, tokens: int, cuda: bool) -> float:
-    """Milliseconds for prompts of so many tokens, the last ones' logits alone."""
-    import torch
-
-    ids = torch.randint(0, model.config.vocab_size, (batch, tokens), device=model.device)
-    positions = torch.arange(tokens, device=model.device)[None]
-    return _median(lambda: _logits(model, ids, positions, [None] * len(model.model.layers)), 1, cuda)
-
-
-def _graph(step: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
-    """(what replays a step without the CPU, its output)."""
-    import torch
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = step()
-    return graph.replay, output
-
-
-def _median(call: Callable[[], Any], calls: int, cuda: bool, repeats: int = 9, seconds: float = 5) -> float:
-    """Median milliseconds a call, of repeats of so many; the first two are not counted.
-
-    What is slow repeats less, but three times: no repeat begins after so many seconds.
-    """
-    import torch
-
-    times = []
-    output = None
-    if cuda:
-        call, output = _graph(call)
-    first = time.perf_counter()
-    while len(times) < 3 + 2 or (len(times) < repeats + 2 and time.perf_counter() - first < seconds):
-        if cuda:
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            events[0].record()
-        began = time.perf_counter()
-        for _ in range(calls):
-            call()
-        if cuda:
-            events[1].record()
-            torch.cuda.synchronize()
-            times.append(events[0].elapsed_time(events[1]) / calls)
-        else:
-            times.append(1000 * (time.perf_counter() - began) / calls)
-    assert output is None or bool(output.isfinite().all()), "a step gave no numbers"
-    return statistics.median(times[2:])
 
 
 if __name__ == "__main__":

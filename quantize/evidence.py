@@ -77,9 +77,10 @@ def cost_section(metrics: Metrics) -> Iterator[Block]:
         disk = f"{size['final'] / size['tuned']:.2f} times as much"
         rows.append(("on disk, MiB", *(format_size(size[key]) for key in ("tuned", "final")), disk))
     yield Table(("", "16 bit", "shipped", ""), rows, numeric=frozenset({1, 2, 3}))
-    how = "compiled, the cache of a fixed size" if tuned["compiled"] else "not compiled"
+    how = "its layers compiled, each step one CUDA graph" if tuned["compiled"] else "not compiled"
     text = (
-        f"Through transformers' generate on this machine ({how}), prompts of {tuned['prompt_tokens']} tokens, medians."
+        f"transformers' model on this machine ({how}), the cache of a fixed size; prompts of "
+        f"{tuned['prompt_tokens']} tokens, medians."
     )
     slower = [batch for batch, times in ratio["decode_ms"].items() if times < _SLOWER]
     if slower:

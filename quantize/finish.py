@@ -61,7 +61,7 @@ def write_report(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, A
         finish_command=_finish_command(folder, chosen["target"]) if simulated else None,
         task_rows=tasks,
         layers=final.get("layers"),
-        cost=gathered["cost"],
+        cost=[] if _failed_costs(gathered) else gathered["cost"],
     )
     losses = {arm: [(step, loss) for step, loss in points] for arm, points in gathered["losses"].items()}
     context = ReportContext(
@@ -267,6 +267,10 @@ def count_weights(folder: Path) -> int:
     return total
 
 
+def _failed_costs(gathered: Mapping[str, Any]) -> list[str]:
+    return [measured["failed"] for measured in gathered["cost"] if "failed" in measured]
+
+
 def _reasons(gathered: Mapping[str, Any]) -> dict[str, str]:
     why: dict[str, str] = {}
     if gathered["format"] is None:
@@ -282,6 +286,8 @@ def _reasons(gathered: Mapping[str, Any]) -> dict[str, str]:
         why["train_ship_gap"] = "this run has no QAT"
     if not gathered["cost_batches"]:
         why["cost"] = "eval.cost_batches is empty"
+    if failed := _failed_costs(gathered):
+        why["cost"] = f"the timing failed ({failed[0]}); eval/cost.request.log has the whole of it"
     if gathered["format"] and not gathered["shipped"]:
         missing = "; ".join(gathered["format"]["missing"])
         why |= dict.fromkeys(("size.final_mib", "size.bits_per_weight"), f"this machine lacks {missing}")

@@ -176,11 +176,21 @@ def measure(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dic
 
 
 def cost(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """What a checkpoint costs to run here. Keys: model, dtype, batches; optional trust_remote_code."""
+    """What a checkpoint costs to run here. Keys: model, dtype, batches; optional trust_remote_code.
+
+    Returns:
+        that of `quantize.cost.measure_cost`, or {"failed": why}: no timing is worth a finished run.
+    """
+    import traceback
+
     from quantize.cost import measure_cost
 
     model, _ = _load({**job, "simulate": None})
-    return measure_cost(model, job["batches"])
+    try:
+        return measure_cost(model, job["batches"])
+    except Exception as error:  # out of memory at a large batch, an architecture that cannot be captured
+        traceback.print_exc()  # into the log
+        return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")}
 
 
 def _tokenizer(job: Mapping[str, Any]) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 TINY = ("--config", "tiny.yaml", "--qat", "int8-int4", "--eval.cost-batches=[]")
 ARMS = ("base", "base_quantized", "control", "ptq", "tuned", "final")
@@ -75,6 +76,25 @@ def test_tasks_run_on_every_arm_and_their_results_lie_side_by_side(runs: Any) ->
     again = runs.finish(*TINY, *options, "--run.name=tasks-again", "--train.learning-rate=2e-3")
     assert before == {path: path.stat().st_mtime_ns for path in shared.rglob("*.tasks.parquet")}
     assert runs.metrics(again)["tasks"]["choices"]["base"] == metrics["tasks"]["choices"]["base"]
+
+
+def test_a_timing_that_fails_costs_its_section_not_the_report(finished: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from quantize import cost, worker
+    from quantize.finish import write_report
+
+    def fails(model: Any, batches: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 TiB\nand more")
+
+    monkeypatch.setattr(cost, "measure_cost", fails)
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    job = {"model": str(run / "merged"), "dtype": "float32", "batches": [1]}
+    measured = worker.cost(job, lambda done, total: None)
+    assert measured == {"failed": "OutOfMemoryError: CUDA out of memory. Tried to allocate 3 TiB"}
+    gathered = json.loads((run / "gathered.json").read_text()) | {"cost_batches": [1], "cost": [measured, measured]}
+    metrics, text = write_report(run, gathered)
+    assert metrics["cost"]["ratio"] is None and "Tried to allocate 3 TiB" in metrics["why"]["cost"]
+    assert "Not measured: the timing failed (OutOfMemoryError: CUDA out of memory." in text
 
 
 def test_a_task_that_cannot_be_loaded_ends_the_run_before_training(runs: Any, tmp_path: Path) -> None:
