@@ -8,7 +8,7 @@ to the bit and by the same kernels.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -131,6 +131,7 @@ def prepare_qat(
     *,
     target: Target | str | None = None,
     group_size: int | None = None,
+    skip: Sequence[str] = (),
     dtype: torch.dtype | None = None,
     placement: str = "inside",
     ranges: str = "minmax",
@@ -146,6 +147,7 @@ def prepare_qat(
         scheme: the format, or its name.
         target: where it will run; the scheme's first by default.
         group_size: weights per scale; the scheme's own by default.
+        skip: names of layers that keep 16 bit beyond the scheme's own (see `quantize.names`).
         dtype: what the shipped model computes in, and the dtype of its scales; the model's own by default.
         placement: "inside" trains fq(W + s B A), what ships; "outside" trains fq(W) + s B A, for comparison.
         ranges: "minmax" spans each group's extremes; "mse" shrinks that range to the least squared error, once.
@@ -159,12 +161,13 @@ def prepare_qat(
         What was prepared.
 
     Raises:
-        UserError: nothing can be quantised, or an adapter cannot be merged exactly (with the layers' names).
+        UserError: nothing can be quantised, an entry of `skip` fits no layer, or an adapter cannot be merged exactly
+            (with the layers' names).
     """
     scheme = find_scheme(scheme) if isinstance(scheme, str) else scheme
     target = scheme.find_target(target) if isinstance(target, str) else target or next(iter(scheme.targets.values()))
     group_size = scheme.pick_group_size(group_size, target)
-    coverage = select_layers(model, scheme, group_size, target)
+    coverage = select_layers(model, scheme, group_size, target, skip)
     modules = _covered(model, scheme, coverage)
     prepared = Prepared(coverage, placement, mse=ranges == "mse", cache=WeightCache(cache_mib * 2**20))
     size = sum(base_linear(module).weight.nbytes for module in modules.values())

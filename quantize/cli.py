@@ -11,13 +11,16 @@ from pathlib import Path
 from quantize.errors import UserError
 from quantize.schemes import SCHEMES, find_scheme
 
+_SKIP = "layers that keep 16 bit: last parts of their names, blocks, or patterns (down_proj, model.layers.0)"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses, runs a verb, and returns the exit code: 0, 2 (the user's input), 1 (our failure), 130 (Ctrl-C)."""
     parser = _parser()
     options = parser.parse_args(argv)
+    verbs = {"schemes": _schemes, "convert": _convert, "compare": _compare, "sensitivity": _sensitivity}
     try:
-        {"schemes": _schemes, "convert": _convert, "compare": _compare}[options.verb](options)
+        verbs[options.verb](options)
     except UserError as error:
         if options.debug:
             traceback.print_exc()
@@ -37,13 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="quantize", description="Formats and conversion of ongrid.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{schemes,convert,compare}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{schemes,convert,compare,sensitivity}")
     verbs.add_parser("schemes", help="print the formats: bits, groups, where they run, how fast, what is missing here")
     convert = verbs.add_parser("convert", help="quantise a run's merged weights, or any checkpoint folder")
     convert.add_argument("source", metavar="RUN_OR_FOLDER", help="run directory or name, or a transformers folder")
     convert.add_argument("--scheme", help="format of a plain folder; a run knows its own")
     convert.add_argument("--target", help="where it will run; default: what this machine runs")
     convert.add_argument("--group-size", type=int, help="weights per scale; default: the scheme's own")
+    convert.add_argument("--skip", nargs="+", default=[], metavar="NAME", help=_SKIP)
     convert.add_argument("--dtype", choices=("float32", "bfloat16"), help="weights that stay unquantised")
     convert.add_argument("--output", type=Path, help="folder to write, for a plain folder")
     convert.add_argument("--root", default="runs", help="where run names are looked up (default: runs)")
@@ -55,6 +59,29 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("comparison"), help="folder to write (default: comparison)"
     )
     compare.add_argument("--root", default="runs", help="where run names are looked up (default: runs)")
+    sensitivity = verbs.add_parser(
+        "sensitivity", help="which layers a format hurts, one group at a time, and what to keep in 16 bit"
+    )
+    sensitivity.add_argument("source", metavar="RUN_OR_FOLDER", help="run directory or name, or a transformers folder")
+    sensitivity.add_argument("--scheme", help="format; default: the run's")
+    sensitivity.add_argument("--target", help="where it will run; simulated where this machine cannot")
+    sensitivity.add_argument("--group-size", type=int, help="weights per scale; default: the run's, else the scheme's")
+    sensitivity.add_argument(
+        "--data", type=Path, help="held-out text: .jsonl (text, messages, or prompt and completion), .txt, or a run's "
+        "data/eval.parquet; default: the run's own",
+    )  # fmt: skip
+    sensitivity.add_argument("--samples", type=int, default=128, help="how many of them (default: 128)")
+    sensitivity.add_argument("--batch-size", type=int, default=8, help="rows at once (default: 8)")
+    sensitivity.add_argument(
+        "--by", nargs="+", choices=("block", "kind", "layer"), default=["block", "kind"],
+        help="groups of layers (default: block kind)",
+    )  # fmt: skip
+    sensitivity.add_argument(
+        "--growth", type=float, default=0.1, help="share by which the weights may grow (default: 0.1)"
+    )
+    sensitivity.add_argument("--output", type=Path, help="folder to write; default: RUN/sensitivity, or sensitivity")
+    sensitivity.add_argument("--trust-remote-code", action="store_true", help="run the checkpoint's own code")
+    sensitivity.add_argument("--root", default="runs", help="where run names are looked up (default: runs)")
     for sub in verbs.choices.values():
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -80,16 +107,29 @@ def _compare(options: argparse.Namespace) -> None:
     print(f"report: {options.output / 'report.html'}")
 
 
+def _sensitivity(options: argparse.Namespace) -> None:
+    from quantize.sensitivity_report import Asked, study
+
+    def progress(name: str, done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{done}/{total} samples", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    named = {name: value for name, value in vars(options).items() if name not in ("verb", "debug", "by")}
+    text, output = study(Asked(ways=options.by, **named), progress)
+    print(text)
+    print(f"report: {output / 'report.html'}")
+
+
 def _convert(options: argparse.Namespace) -> None:
     source = Path(options.source)
-    run = next(
-        (path for path in (source, Path(options.root) / options.source) if (path / "manifest.json").is_file()), None
-    )
-    if run is not None:
-        from quantize.finish import finish_run
+    from quantize.finish import find_run, finish_run
 
-        if options.scheme:
-            raise UserError("--scheme: a run ships the scheme that it was trained for; leave it out")
+    run = find_run(options.source, options.root)
+    if run is not None:
+        for name in ("scheme", "group_size", "skip", "dtype", "output"):
+            if getattr(options, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag}: a run ships what it was trained for, into its own folder; leave it out")
         metrics = finish_run(run, target=options.target)
         print(f"{run / 'quantized'}: loss {metrics['final']['loss']:.4f}; the report is {run / 'report.md'}")
         return
@@ -123,6 +163,7 @@ def _convert_folder(source: Path, options: argparse.Namespace) -> None:
         "scheme": scheme.name,
         "target": target.name,
         "group_size": scheme.pick_group_size(options.group_size, target),
+        "skip": options.skip,
         "dtype": options.dtype or target.dtype or "float32",
     }
     output.parent.mkdir(parents=True, exist_ok=True)

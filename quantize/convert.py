@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ def convert_checkpoint(
     target: Target,
     *,
     group_size: int | None,
+    skip: Sequence[str] = (),
     dtype: str,
     device: str,
     trust_remote_code: bool = False,
@@ -93,6 +94,7 @@ def convert_checkpoint(
 
     Args:
         source: transformers checkpoint in safetensors.
+        skip: names of layers that keep 16 bit beyond the scheme's own (see `quantize.names`).
         output: folder to write; replaced as a whole when everything is on disk.
         dtype: dtype of the weights that stay unquantised, and of the scales ("float32", "bfloat16").
         device: where to convert; CUDA layouts need CUDA.
@@ -105,7 +107,7 @@ def convert_checkpoint(
     from quantize.grid import load_grid
 
     model: Any = load_plain(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    coverage = select_layers(model, scheme, group_size, target)
+    coverage = select_layers(model, scheme, group_size, target, skip)
     if not coverage.layers:
         reasons = "; ".join(sorted(set(coverage.skipped.values())))
         raise UserError(f"{scheme.name} reaches no layer of {source}: {reasons}")

@@ -7,6 +7,7 @@ end-of-turn token included. Shapes: `S` samples, `B` batch, `T` tokens, `V` voca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,46 +129,109 @@ def evaluate_model(
         reference: model whose distribution the KL divergence is measured from.
         progress: called with (samples done, all samples).
     """
+    tally = _Tally(len(samples), compared=reference is not None)
+    with _evaluating(model) as device:
+        for batch in _answers(samples, batch_size, device, progress):
+            expected = None if reference is None else batch.log_probs(reference)
+            tally.add(batch, batch.log_probs(model), expected)
+    return tally.scores()
+
+
+@torch.inference_mode()
+def evaluate_variants(
+    model: nn.Module,
+    variants: Mapping[str, Callable[[], AbstractContextManager[Any]]],
+    samples: Sequence[Sample],
+    *,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Scores]:
+    """Scores variants of one model against it; each batch runs once through the model and once through each variant.
+
+    Args:
+        variants: by name, what makes the model that variant while it is held.
+        progress: called with (samples done, all samples).
+    """
+    tallies = {name: _Tally(len(samples), compared=True) for name in variants}
+    with _evaluating(model) as device:
+        for batch in _answers(samples, batch_size, device, progress):
+            expected = batch.log_probs(model)
+            for name, variant in variants.items():
+                with variant():
+                    tallies[name].add(batch, batch.log_probs(model), expected)
+    return {name: tally.scores() for name, tally in tallies.items()}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[torch.device]:
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    count = len(samples)
-    nll, tokens = np.zeros(count), np.zeros(count, dtype=np.int64)
-    exact = np.zeros(count, dtype=bool)
-    kl = np.zeros(count) if reference is not None else None
-    top1 = np.zeros(count, dtype=np.int64) if reference is not None else None
-    greedy: list[list[int]] = [[] for _ in range(count)]
+    try:
+        yield next(model.parameters()).device
+    finally:
+        model.train(was_training)
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """A batch and its answer tokens: ids and attention (B, T), positions (P,) where some sample has one."""
+
+    chosen: list[int]
+    ids: Tensor
+    attention: Tensor
+    positions: Tensor
+    wanted: Tensor  # (B, P)
+
+    def log_probs(self, model: nn.Module) -> Tensor:
+        """(B, P, V) float32 log-probabilities of the tokens at `positions`, each predicted from the one before."""
+        keep = self.positions - 1
+        output = model(input_ids=self.ids, attention_mask=self.attention, use_cache=False, logits_to_keep=keep)
+        return torch.log_softmax(output.logits.float(), dim=-1)
+
+
+def _answers(
+    samples: Sequence[Sample], batch_size: int, device: torch.device, progress: Callable[[int, int], None] | None
+) -> Iterator[_Answers]:
     done = 0
     for chosen, ids, attention, mask in batches(samples, batch_size):
-        ids, attention, mask = ids.to(device), attention.to(device), mask.to(device)
-        positions = mask.any(0).nonzero().squeeze(1)  # (P,): where some sample has an answer token
-        wanted = mask[:, positions]  # (B, P)
-        log_probs = _log_probs(model, ids, attention, positions)  # (B, P, V)
-        targets = ids[:, positions]
+        mask = mask.to(device)
+        positions = mask.any(0).nonzero().squeeze(1)
+        yield _Answers(chosen, ids.to(device), attention.to(device), positions, mask[:, positions])
+        done += len(chosen)
+        if progress is not None:
+            progress(done, len(samples))
+
+
+class _Tally:
+    """Gathers one model's `Scores`, batch by batch."""
+
+    def __init__(self, count: int, *, compared: bool) -> None:
+        self.nll, self.tokens = np.zeros(count), np.zeros(count, dtype=np.int64)
+        self.exact = np.zeros(count, dtype=bool)
+        self.kl = np.zeros(count) if compared else None
+        self.top1 = np.zeros(count, dtype=np.int64) if compared else None
+        self.greedy: list[list[int]] = [[] for _ in range(count)]
+
+    def add(self, batch: _Answers, log_probs: Tensor, expected: Tensor | None) -> None:
+        """Takes a batch's log-probabilities, and those of the reference."""
+        chosen, wanted = batch.chosen, batch.wanted
+        targets = batch.ids[:, batch.positions]
         picked = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         best = log_probs.argmax(-1)  # (B, P)
         right = (best == targets) | ~wanted
-        nll[chosen] = -(picked.double() * wanted).sum(1).cpu().numpy()
-        tokens[chosen] = wanted.sum(1).cpu().numpy()
-        exact[chosen] = right.all(1).cpu().numpy()
+        self.nll[chosen] = -(picked.double() * wanted).sum(1).cpu().numpy()
+        self.tokens[chosen] = wanted.sum(1).cpu().numpy()
+        self.exact[chosen] = right.all(1).cpu().numpy()
         for row, index in enumerate(chosen):
-            greedy[index] = best[row][wanted[row]].tolist()
-        if kl is not None and top1 is not None and reference is not None:
-            expected = _log_probs(reference, ids, attention, positions)
+            self.greedy[index] = best[row][wanted[row]].tolist()
+        if self.kl is not None and self.top1 is not None and expected is not None:
             divergence = (expected.exp() * (expected - log_probs)).sum(-1).double()
-            kl[chosen] = (divergence * wanted).sum(1).cpu().numpy()
-            top1[chosen] = ((expected.argmax(-1) == best) & wanted).sum(1).cpu().numpy()
-        done += len(chosen)
-        if progress is not None:
-            progress(done, count)
-    model.train(was_training)
-    return Scores(nll, tokens, exact, kl, top1, greedy)
+            self.kl[chosen] = (divergence * wanted).sum(1).cpu().numpy()
+            self.top1[chosen] = ((expected.argmax(-1) == best) & wanted).sum(1).cpu().numpy()
 
-
-def _log_probs(model: nn.Module, ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
-    """(B, P, V) float32 log-probabilities of the tokens at `positions`, each predicted from the one before."""
-    output = model(input_ids=ids, attention_mask=attention, use_cache=False, logits_to_keep=positions - 1)
-    return torch.log_softmax(output.logits.float(), dim=-1)
+    def scores(self) -> Scores:
+        """What was gathered."""
+        return Scores(self.nll, self.tokens, self.exact, self.kl, self.top1, self.greedy)
 
 
 def batches(samples: Sequence[Sample], batch_size: int) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:

@@ -19,7 +19,7 @@ from quantize.metrics import build_metrics
 
 _ARMS = ("base", "base_quantized", "control", "ptq", "tuned", "final")
 _MIB = 1 << 20
-GATHERED_VERSION = 2
+GATHERED_VERSION = 3
 """Of the form of gathered.json and of the files under eval/."""
 
 
@@ -99,17 +99,12 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
     from quantize.schemes import find_scheme
     from quantize.worker import run_jobs
 
-    path = folder / "gathered.json"
-    if not path.is_file():
-        raise UserError(f"{folder} has no finished training yet; continue it with: train --resume {folder}")
-    gathered = json.loads(path.read_text(encoding="utf-8"))
+    gathered = read_gathered(folder)
     chosen = gathered["format"]
     if chosen is None:
         raise UserError(
             f"{folder} was trained without a scheme; use: quantize convert {folder / 'merged'} --scheme NAME"
         )
-    if gathered.get("version") != GATHERED_VERSION:
-        raise UserError(f"{folder} was made by another version of ongrid; renew it first with: train --resume {folder}")
     tasks = {"tasks": gathered["tasks"], "chat_template": gathered["chat_template"]}
     picked, missing = pick_target(find_scheme(chosen["scheme"]), target or chosen["target"])
     if missing:
@@ -128,7 +123,7 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
     reference = folder / ("control/merged" if gathered["control"] else "merged")
     common = {"data": str(folder / "data" / "eval.parquet"), "batch_size": gathered["batch_size"]}
     trust = {"trust_remote_code": gathered["trust_remote_code"]}
-    format_job = {key: chosen[key] for key in ("scheme", "target", "group_size")}
+    format_job = {key: chosen[key] for key in ("scheme", "target", "group_size", "skip")}
     inside = bool(gathered["qat"]) and not _outside(gathered)
     if inside and not (folder / "grid").is_dir():
         raise UserError(f"{folder} lacks grid/, the weights as they were trained; copy the whole run directory")
@@ -167,6 +162,23 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
     }
     gathered["arms"]["fake"] = fake
     return write_report(folder, gathered)[0]
+
+
+def find_run(name: str, root: str) -> Path | None:
+    """The run directory of that path, or of that name under `root`; None where there is none."""
+    found = (path for path in (Path(name), Path(root) / name) if (path / "manifest.json").is_file())
+    return next(found, None)
+
+
+def read_gathered(folder: Path) -> dict[str, Any]:
+    """What a run measured. Raises UserError where it is not that far, or was made by another version."""
+    path = folder / "gathered.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no finished training yet; continue it with: train --resume {folder}")
+    gathered: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if gathered.get("version") != GATHERED_VERSION:
+        raise UserError(f"{folder} was made by another version of ongrid; renew it first with: train --resume {folder}")
+    return gathered
 
 
 def _check_tasks(folder: Path, gathered: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:

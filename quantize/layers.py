@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from quantize.errors import UserError
+from quantize.names import is_kept
 from quantize.schemes import Scheme, Target
 
 
@@ -22,6 +24,7 @@ class Coverage:
         quantized_weights: number of weights in `layers`.
         addressed_weights: number of weights in all linear layers that the scheme does not skip by its definition, and
             in the matrices that are no linear layer's (fused experts, GPT-2's Conv1D).
+        kept_weights: number of them that a user's `skip` keeps in 16 bit.
         total_weights: number of weights in the model.
     """
 
@@ -29,12 +32,19 @@ class Coverage:
     skipped: Mapping[str, str] = field(default_factory=dict)
     quantized_weights: int = 0
     addressed_weights: int = 0
+    kept_weights: int = 0
     total_weights: int = 0
 
     @property
     def quantized_fraction(self) -> float:
         """Share of the addressed weights that is quantised."""
         return self.quantized_weights / self.addressed_weights if self.addressed_weights else 0.0
+
+    @property
+    def reached_fraction(self) -> float:
+        """The same, of what the user wants quantised."""
+        wanted = self.addressed_weights - self.kept_weights
+        return self.quantized_weights / wanted if wanted else 0.0
 
     def as_dict(self) -> dict[str, object]:
         """JSON form, as metrics.json stores it."""
@@ -84,7 +94,13 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield plain_name(name), linear
 
 
-def select_layers(model: nn.Module, scheme: Scheme, group_size: int | None, target: Target | None = None) -> Coverage:
+def select_layers(
+    model: nn.Module,
+    scheme: Scheme,
+    group_size: int | None,
+    target: Target | None = None,
+    skip: Sequence[str] = (),
+) -> Coverage:
     """Decides for each linear layer whether `scheme` quantises it.
 
     Args:
@@ -92,11 +108,16 @@ def select_layers(model: nn.Module, scheme: Scheme, group_size: int | None, targ
         scheme: the format.
         group_size: weights per scale; a layer whose in_features it does not divide is skipped and listed.
         target: where it runs; the scheme's first by default.
+        skip: names that the user keeps in 16 bit (see `quantize.names`), beyond the scheme's own.
+
+    Raises:
+        UserError: an entry of `skip` fits no linear layer.
     """
     multiple = (target or next(iter(scheme.targets.values()))).multiple
     layers: list[str] = []
     skipped: dict[str, str] = {}
-    quantised = addressed = 0
+    quantised = addressed = kept = 0
+    refuse_unmatched([name for name, _ in linear_layers(model)], skip)
     head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     head = getattr(head, "base_layer", head)
     for name, linear in linear_layers(model):
@@ -104,6 +125,10 @@ def select_layers(model: nn.Module, scheme: Scheme, group_size: int | None, targ
             skipped[name] = f"{scheme.name} keeps it in 16 bit"
             continue
         addressed += linear.weight.numel()
+        if is_kept(name, skip):
+            skipped[name] = "quantize.skip keeps it in 16 bit"
+            kept += linear.weight.numel()
+            continue
         if not is_plain_linear(linear):
             skipped[name] = f"a {type(linear).__name__} computes more than a linear layer"
             continue
@@ -120,7 +145,18 @@ def select_layers(model: nn.Module, scheme: Scheme, group_size: int | None, targ
         addressed += weight.numel()
         skipped[name] = "a weight outside a linear layer, such as that of fused experts, keeps 16 bit"
     total = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" not in name)
-    return Coverage(tuple(layers), skipped, quantised, addressed, total)
+    return Coverage(tuple(layers), skipped, quantised, addressed, kept, total)
+
+
+def refuse_unmatched(layers: Sequence[str], skip: Sequence[str]) -> None:
+    """Raises UserError with each entry of `skip` that fits none of the layers, which would be ignored in silence."""
+    lost = [pattern for pattern in skip if not any(is_kept(name, [pattern]) for name in layers)]
+    if lost:
+        kinds = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in layers))
+        raise UserError(
+            f"quantize.skip: {', '.join(map(repr, lost))} fits no linear layer of this model; its layers end in {kinds}"
+            + (f", the first is {layers[0]}" if layers else "")
+        )
 
 
 def _other_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -85,6 +85,17 @@ def draw_comparison(
     return [plot for plot in drawn if plot is not None]
 
 
+def draw_sensitivity(found: Mapping[str, Any]) -> list[Plot]:
+    """The divergence of each group of layers, by block along the depth and by kind (see `quantize.sensitivity`)."""
+    drawn = []
+    for way, draw in (("block", _blocks_depth), ("kind", _kinds)):
+        rows = [row for row in found["groups"] if row["way"] == way]
+        height = 3.0 if way == "block" else 0.9 + 0.34 * len(rows)
+        caption = f"KL divergence from 16 bit with one {way} quantised, nats a token, 95% intervals"
+        drawn.append(_draw(way, caption, draw, height, rows))
+    return [plot for plot in drawn if plot is not None]
+
+
 def _draw(name: str, caption: str, draw: Any, height: float, data: Any) -> Plot | None:
     import matplotlib
     from matplotlib.figure import Figure
@@ -268,6 +279,26 @@ def _sqnr(axes: Axes, metrics: Mapping[str, Any]) -> bool:
     if kinds:
         axes.figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return bool(kinds)
+
+
+def _blocks_depth(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> bool:
+    from matplotlib.ticker import MaxNLocator
+
+    depths = [(int(found[-1]), row["kl"]) for row in rows if (found := re.findall(r"\.(\d+)$", row["name"]))]
+    for depth, kl in sorted(depths):
+        low, high = (kl["value"] if kl[key] is None else kl[key] for key in ("low", "high"))
+        axes.errorbar(depth, kl["value"], yerr=_lengths(kl["value"], low, high), fmt="o", color=_BLUE, capsize=2, ms=4)
+    axes.set_xlabel("block")
+    axes.set_ylabel("nats a token")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return bool(depths)
+
+
+def _kinds(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> bool:
+    axes.set_xlabel("nats a token")
+    found = [(row["name"], Interval(*(row["kl"][key] for key in ("value", "low", "high")))) for row in rows]
+    return _intervals(axes, [(name, each) for name, each in found if each.low is not None and each.high is not None])
 
 
 def _by_depth(layers: Mapping[str, Any]) -> Iterator[tuple[int, str, float]]:

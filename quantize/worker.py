@@ -82,7 +82,7 @@ def _load(job: Mapping[str, Any]) -> tuple[Any, Any]:
         return model, None
     scheme = find_scheme(simulate["scheme"])
     target, group_size = scheme.find_target(simulate["target"]), simulate["group_size"]
-    coverage = select_layers(model, scheme, group_size, target)
+    coverage = select_layers(model, scheme, group_size, target, simulate["skip"])
     grid = load_grid(Path(job["grid"]), device) if job.get("grid") else None
     simulate_(model, scheme, target, group_size, coverage, grid)
     return model, coverage
@@ -98,7 +98,7 @@ def evaluate(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> di
     """Scores one checkpoint, quantised or not, or the simulation of its quantised form.
 
     Keys: model, dtype, data (parquet), batch_size, scores (parquet to write); optional simulate {scheme, target,
-    group_size}, grid (the weights as trained), reference (a checkpoint to measure KL from), trust_remote_code.
+    group_size, skip}, grid (the weights as trained), reference (a checkpoint to measure KL from), trust_remote_code.
     """
     from quantize.convert import memory_bytes
     from quantize.evaluate import evaluate_model, read_samples, texts_of
@@ -149,8 +149,8 @@ def check_tasks(job: Mapping[str, Any], progress: Callable[[int, int], None]) ->
 def measure(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Each quantised layer beside its 16-bit original, on batches of short and long samples.
 
-    Keys: model (16 bit), dtype, data, batch_size, format {scheme, target, group_size}, and the quantised form: shipped
-    (a checkpoint), or else the simulation, with grid; optional trust_remote_code.
+    Keys: model (16 bit), dtype, data, batch_size, format {scheme, target, group_size, skip}, and the quantised form:
+    shipped (a checkpoint), or else the simulation, with grid; optional trust_remote_code.
     """
     from dataclasses import asdict
 
@@ -164,7 +164,8 @@ def measure(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dic
     quantised, _ = _load({**job, **shipped})
     chosen = job["format"]
     scheme = find_scheme(chosen["scheme"])
-    layers = select_layers(reference, scheme, chosen["group_size"], scheme.find_target(chosen["target"])).layers
+    target = scheme.find_target(chosen["target"])
+    layers = select_layers(reference, scheme, chosen["group_size"], target, chosen["skip"]).layers
     device = _device()
     every = list(batches(read_samples(Path(job["data"])), job["batch_size"]))  # the shortest texts first
     chosen_batches = every[:: max(1, len(every) // _LAYER_BATCHES)]
@@ -191,6 +192,33 @@ def cost(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[s
     except Exception as error:  # out of memory at a large batch, an architecture that cannot be captured
         traceback.print_exc()  # into the log
         return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")}
+
+
+def sensitivity(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """Which layers a format hurts.
+
+    Keys: those of `evaluate` that make the simulation; data (see `quantize.texts`), samples, batch_size, ways, growth.
+    """
+    from quantize.schemes import find_scheme
+    from quantize.sensitivity import scan_model
+    from quantize.texts import load_samples
+
+    samples = load_samples(Path(job["data"]), _tokenizer(job), job["samples"])
+    model, _ = _load({**job, "simulate": None})
+    quantised, coverage = _load(job)
+    chosen = job["simulate"]
+    return scan_model(
+        model,
+        quantised,
+        find_scheme(chosen["scheme"]),
+        chosen["group_size"],
+        coverage,
+        samples,
+        ways=job["ways"],
+        growth=job["growth"],
+        batch_size=job["batch_size"],
+        progress=progress,
+    )
 
 
 def _tokenizer(job: Mapping[str, Any]) -> Any:
@@ -228,7 +256,8 @@ def compare(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> lis
 def convert(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Converts one checkpoint.
 
-    Keys: source, output, scheme, target, group_size, dtype; optional grid (the weights as trained), trust_remote_code.
+    Keys: source, output, scheme, target, group_size, skip, dtype; optional grid (the weights as trained),
+    trust_remote_code.
     """
     from quantize.convert import convert_checkpoint
     from quantize.schemes import find_scheme
@@ -240,6 +269,7 @@ def convert(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dic
         scheme,
         scheme.find_target(job["target"]),
         group_size=job["group_size"],
+        skip=job["skip"],
         dtype=job["dtype"],
         device=_device(),
         trust_remote_code=job.get("trust_remote_code", False),
@@ -270,6 +300,7 @@ def main(argv: Sequence[str]) -> int:
         "compare": compare,
         "measure": measure,
         "cost": cost,
+        "sensitivity": sensitivity,
         "tasks": check_tasks,
         "benchmark": benchmark,
     }

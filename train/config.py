@@ -174,6 +174,9 @@ class QuantizeConfig(Section):
     """Where it runs; null = what this machine runs (the accelerator first), else the scheme's first, simulated."""
     group_size: int | None = Field(default=None, ge=1)
     """Weights per scale; null = the scheme's own."""
+    skip: list[str] = Field(default_factory=list)
+    """Linear layers that keep 16 bit: last parts of their names, blocks, or patterns ("down_proj", "model.layers.0",
+    "*.layers.[01].*"). `quantize sensitivity` proposes some."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the shipped model computes in, scales and unquantised weights included; auto = bfloat16 on CUDA, float32
     on CPU. QAT chooses the integers from the float32 sum W + s*B@A whatever it is."""

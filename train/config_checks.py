@@ -104,7 +104,7 @@ def _scheme(config: RunConfig) -> Iterator[Problem]:
             text = f"{name} needs quantize.dtype={' or '.join(sorted(filter(None, wanted)))}, not {asked.dtype}"
             yield Problem((key, "quantize.target", "quantize.dtype"), text)
     if config.scheme_name is None:
-        for key, value in (("target", asked.target), ("group_size", asked.group_size)):
+        for key, value in (("target", asked.target), ("group_size", asked.group_size), ("skip", asked.skip or None)):
             if value is not None:
                 text = f"quantize.{key}={value} has no meaning without a scheme; set qat or quantize.scheme"
                 yield Problem((f"quantize.{key}",), text)

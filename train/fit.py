@@ -39,6 +39,7 @@ class QatPlan:
     scheme: Scheme
     target: Target
     group_size: int | None
+    skip: tuple[str, ...]
     dtype: str
 
 
@@ -107,6 +108,7 @@ def build_learner(
             plan.scheme,
             target=plan.target,
             group_size=plan.group_size,
+            skip=plan.skip,
             dtype=getattr(torch, plan.dtype),
             placement=config.fake_quant.placement,
             ranges=config.fake_quant.ranges,

@@ -25,9 +25,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from quantize.names import is_kept
 from quantize.schemes import find_scheme
 from train.config import RunConfig
-from train.model_size import ModelSize, UnknownSize, find_size
+from train.model_size import Linear, ModelSize, UnknownSize, find_size
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _NF4_BYTES = 0.56  # 4 bits and a share of an absmax per 64 weights
@@ -224,6 +225,8 @@ def _disk(config: RunConfig, size: ModelSize, device: str) -> dict[str, int]:
         group = config.quantize.group_size or find_scheme(config.scheme_name).group_size
         scales = size.linear_weights * 4 // group if group else 0
         rest = (size.parameters - size.linear_weights) * _BYTES[_merged_dtype(config, device)]
+        wide = sum(_kept(config, line) * line.weights // line.count for line in size.linears)
+        rest += wide * (_BYTES[_merged_dtype(config, device)] - 1)
         parts["quantized (at most)"] = size.linear_weights + scales + rest
     return parts
 
@@ -247,13 +250,14 @@ def coverage_obstacles(config: RunConfig, size: ModelSize) -> Iterator[str]:
         return
     scheme = find_scheme(config.scheme_name)
     group = config.quantize.group_size or scheme.group_size or 1
-    left_out = {line.inputs: line.name for line in size.linears if line.inputs % group}
-    share = sum(line.weights for line in size.linears if line.inputs % group == 0) / size.linear_weights
-    if share < (config.fake_quant.min_coverage if config.qat else 1e-9):
+    wanted = [line for line in size.linears if _kept(config, line) < line.count]
+    left_out = {line.inputs: line.name for line in wanted if line.inputs % group}
+    share = sum(line.weights for line in wanted if line.inputs % group == 0) / max(sum(w.weights for w in wanted), 1)
+    if wanted and share < (config.fake_quant.min_coverage if config.qat else 1e-9):
         layers = ", ".join(f"{name}: {inputs}" for inputs, name in left_out.items())
         targets = scheme.eligible(config.quantize.target)
         offered = sorted({n for target in targets for n in scheme.offered_group_sizes(target)})
-        fitting = [str(n) for n in offered if all(line.inputs % n == 0 for line in size.linears)]
+        fitting = [str(n) for n in offered if all(line.inputs % n == 0 for line in wanted)]
         advice = f"use {' or '.join(fitting)}"
         if not fitting:
             advice = f"no group size of {scheme.name} divides them all: choose another scheme"
@@ -262,6 +266,13 @@ def coverage_obstacles(config: RunConfig, size: ModelSize) -> Iterator[str]:
             f"quantize.group_size={group} reaches {share:.0%} of the linear weights: group size {group} does not "
             f"divide the in_features of {layers}; {advice}"
         )
+
+
+def _kept(config: RunConfig, linear: Linear) -> int:
+    """How many of a kind's layers `quantize.skip` keeps in 16 bit, by the names that most models have."""
+    asked = config.quantize.skip
+    names = ([f"model.layers.{n}.{part}.{linear.name}" for part in ("self_attn", "mlp")] for n in range(linear.count))
+    return sum(any(is_kept(name, asked) for name in pair) for pair in names)
 
 
 def _trained(config: RunConfig, size: ModelSize) -> int:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def refuse_low_coverage(coverage: Coverage, scheme: Scheme, least: float) -> None:
     """Raises UserError, with the layers and why they are left out, where too few weights would be quantised."""
-    share = coverage.quantized_fraction
-    if share < least:
+    share = coverage.reached_fraction
+    if share < least or not coverage.layers:
         left = {name: reason for name, reason in coverage.skipped.items() if name.rsplit(".", 1)[-1] not in scheme.skip}
         first = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""

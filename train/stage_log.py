@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize.layers import select_layers
 from quantize.schemes import Scheme, Target
 from quantize.worker import run_jobs
 from train.events import Event, Sinks
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from quantize.layers import Coverage
     from train.rundir import RunDir
 
 
@@ -25,6 +29,7 @@ class Format:
     scheme: Scheme
     target: Target
     group_size: int | None
+    skip: tuple[str, ...]
     missing: tuple[str, ...]
 
     @property
@@ -34,7 +39,16 @@ class Format:
 
     def job(self) -> dict[str, Any]:
         """The worker's form."""
-        return {"scheme": self.scheme.name, "target": self.target.name, "group_size": self.group_size}
+        return {
+            "scheme": self.scheme.name,
+            "target": self.target.name,
+            "group_size": self.group_size,
+            "skip": list(self.skip),
+        }
+
+    def select(self, model: nn.Module) -> Coverage:
+        """What it reaches of a model."""
+        return select_layers(model, self.scheme, self.group_size, self.target, self.skip)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Stages:
             scheme = find_scheme(config.scheme_name)
             target, missing = pick_target(scheme, config.quantize.target)
             group_size = scheme.pick_group_size(config.quantize.group_size, target)
-            self.format = Format(scheme, target, group_size, tuple(missing))
+            self.format = Format(scheme, target, group_size, tuple(config.quantize.skip), tuple(missing))
         wanted = self.format.target.dtype if self.format and self.format.target.dtype else by_device
         self.merged_dtype = wanted if config.quantize.dtype == "auto" else config.quantize.dtype
 
@@ -84,12 +84,11 @@ class Stages:
     def _check_shape(self, folder: Path) -> None:
         """Refuses, before any training, a format that reaches too little of the model, and adapters that do not fit."""
         from quantize.convert import inspect_model
-        from quantize.layers import select_layers
         from train.refusals import refuse_low_coverage, refuse_misplaced_adapters
 
         shape = inspect_model(folder, trust_remote_code=self.config.model.trust_remote_code)
         if self.config.qat is not None and self.format is not None:
-            coverage = select_layers(shape, self.format.scheme, self.format.group_size, self.format.target)
+            coverage = self.format.select(shape)
             refuse_low_coverage(coverage, self.format.scheme, self.config.fake_quant.min_coverage)
         if self.config.lora is not None:
             refuse_misplaced_adapters(shape, self.config)
@@ -213,7 +212,11 @@ class Stages:
             return None
         chosen = self.format
         return QatPlan(
-            scheme=chosen.scheme, target=chosen.target, group_size=chosen.group_size, dtype=self.merged_dtype
+            scheme=chosen.scheme,
+            target=chosen.target,
+            group_size=chosen.group_size,
+            skip=chosen.skip,
+            dtype=self.merged_dtype,
         )
 
     def _tune(
