@@ -120,7 +120,7 @@ def load_run(folder: Path) -> Run:
         UserError: the run is not finished, or a file of it is damaged.
     """
     from quantize.evaluate import Scores, read_texts
-    from quantize.finish import task_rows_path
+    from quantize.jobs import task_rows_path
     from quantize.tasks import load_rows
 
     if not (folder / "metrics.json").is_file():

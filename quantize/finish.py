@@ -12,10 +12,16 @@ import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantize.errors import UserError
+from quantize.jobs import Job, Jobs, task_rows_path
 from quantize.metrics import build_metrics
+from quantize.schemes import Target
+
+if TYPE_CHECKING:
+    from quantize.evaluate import Scores
+    from quantize.tasks import Row
 
 _ARMS = ("base", "base_quantized", "control", "ptq", "tuned", "final")
 _MIB = 1 << 20
@@ -33,18 +39,12 @@ def write_report(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, A
     Returns:
         The metrics and the text of report.md.
     """
-    from quantize.evaluate import Scores
     from quantize.plots import draw_plots
     from quantize.report import ReportContext, render_html, render_markdown
     from quantize.samples import worst_samples
-    from quantize.tasks import load_rows
 
-    chosen = gathered["format"]
-    wanted = set(_ARMS) if gathered["control"] else set(_ARMS) - {"control", "ptq"}
-    wanted -= set() if chosen else {"base_quantized", "ptq", "final"}
-    arms = {name: Scores.load(folder / "eval" / f"{name}.parquet") for name in _ARMS if name in wanted}
-    tasks = {name: load_rows(task_rows_path(folder, name)) for name in arms} if gathered["tasks"] else {}
-    final = gathered["final"]
+    chosen, final = gathered["format"], gathered["final"]
+    arms, tasks = _read_arms(folder, gathered)
     simulated = bool(chosen and not gathered["shipped"])
     metrics = build_metrics(
         arms=arms,
@@ -88,6 +88,28 @@ def write_report(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, A
     return metrics, text
 
 
+def _read_arms(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, Scores], dict[str, list[Row]]]:
+    """Every arm's scores, and its results on tasks. Raises UserError with the file that cannot be read."""
+    from quantize.evaluate import Scores
+    from quantize.tasks import load_rows
+
+    wanted = set(_ARMS) if gathered["control"] else set(_ARMS) - {"control", "ptq"}
+    wanted -= set() if gathered["format"] else {"base_quantized", "ptq", "final"}
+    arms: dict[str, Scores] = {}
+    tasks: dict[str, list[Row]] = {}
+    for name in (name for name in _ARMS if name in wanted):
+        path = folder / "eval" / f"{name}.parquet"
+        try:
+            arms[name] = Scores.load(path)
+            if gathered["tasks"]:
+                path = task_rows_path(folder, name)
+                tasks[name] = load_rows(path)
+        except (OSError, KeyError, TypeError, ValueError) as error:  # pyarrow's are ValueErrors
+            said = str(error).splitlines()[0]
+            raise UserError(f"{path} cannot be read ({said}); remove it, then: train --resume {folder}") from error
+    return arms, tasks
+
+
 def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dict[str, Any]:
     """Converts the merged weights of a finished training on this machine, reloads, evaluates, and renews the report.
 
@@ -95,73 +117,81 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
         UserError: the run is not that far, or this machine cannot run the target.
     """
     from quantize.gate import check_gap
-    from quantize.hardware import pick_target
     from quantize.schemes import find_scheme
     from quantize.worker import run_jobs
 
     gathered = read_gathered(folder)
+    picked = _pick_target(folder, gathered, target)
+    chosen = gathered["format"]
+    chosen = {**chosen, "target": picked.name, "missing": []}
+    jobs = _jobs(folder, gathered, chosen, picked.dtype or gathered["dtype"])
+    _check_tasks(jobs, gathered["task_key"])
+    if jobs.grid is not None and not Path(jobs.grid).is_dir():
+        raise UserError(f"{folder} lacks grid/, the weights as they were trained; copy the whole run directory")
+    merged, reference = folder / "merged", folder / ("control/merged" if gathered["control"] else "merged")
+
+    def work(name: str, todo: list[Job]) -> list[Any]:
+        return run_jobs(todo, folder / "eval" / f"{name}.request.json", progress)
+
+    final_job = jobs.evaluate("final", jobs.shipped, reference=reference)
+    shipped, fake, final = work("finish", [
+        jobs.convert(merged), jobs.simulate("fake", merged, trained=True, reference=reference), final_job,
+    ])  # fmt: skip
+    if jobs.inside:
+        gap = fake["loss"] - final["loss"]
+        check_gap(gap, find_scheme(chosen["scheme"]), picked, lambda: work("compare", [jobs.compare(merged)])[0])
+    layers, *costs = work("cost", [
+        jobs.layers(merged, simulated=False), *(jobs.cost(merged) if jobs.cost_batches else ()),
+    ])  # fmt: skip
+    if jobs.tasks is not None:
+        work("tasks", [jobs.benchmark(final_job, task_rows_path(folder, "final"))])
+    gathered |= {
+        "format": chosen,
+        "dtype": jobs.dtype,
+        "shipped": shipped,
+        "final": final | {"layers": layers},
+        "cost": costs,
+    }
+    gathered["arms"]["fake"] = fake
+    return write_report(folder, gathered)[0]
+
+
+def _pick_target(folder: Path, gathered: Mapping[str, Any], asked: str | None) -> Target:
+    """Where it will run: what is asked for, else what the run was for; with the numbers that were trained."""
+    from quantize.hardware import pick_target
+    from quantize.schemes import find_scheme
+
     chosen = gathered["format"]
     if chosen is None:
         raise UserError(
             f"{folder} was trained without a scheme; use: quantize convert {folder / 'merged'} --scheme NAME"
         )
-    tasks = {"tasks": gathered["tasks"], "chat_template": gathered["chat_template"]}
-    picked, missing = pick_target(find_scheme(chosen["scheme"]), target or chosen["target"])
+    scheme = find_scheme(chosen["scheme"])
+    picked, missing = pick_target(scheme, asked or chosen["target"])
     if missing:
         raise UserError(f"--target {picked.name}: this machine lacks {'; '.join(missing)}")
-    if gathered["qat"] and picked.name != chosen["target"]:
-        trained = find_scheme(chosen["scheme"]).find_target(chosen["target"])
-        if trained.numbers() is not picked.numbers():
-            raise UserError(
-                f"the run was trained for {chosen['target']}, whose numbers differ from {picked.name}'s: "
-                "train for that target"
-            )
-    _check_tasks(folder, gathered, tasks)
-    find_scheme(chosen["scheme"]).pick_group_size(chosen["group_size"], picked)  # its kernel may offer fewer
-    chosen = {**chosen, "target": picked.name, "missing": []}
-    gathered["dtype"] = picked.dtype or gathered["dtype"]
-    reference = folder / ("control/merged" if gathered["control"] else "merged")
-    common = {"data": str(folder / "data" / "eval.parquet"), "batch_size": gathered["batch_size"]}
-    trust = {"trust_remote_code": gathered["trust_remote_code"]}
-    format_job = {key: chosen[key] for key in ("scheme", "target", "group_size", "skip")}
-    inside = bool(gathered["qat"]) and not _outside(gathered)
-    if inside and not (folder / "grid").is_dir():
-        raise UserError(f"{folder} lacks grid/, the weights as they were trained; copy the whole run directory")
-    grid = {"grid": str(folder / "grid")} if inside else {}
-    evaluate = {"kind": "evaluate", "dtype": gathered["dtype"], "reference": str(reference), **common, **trust}
-    fake_job = {**evaluate, "name": "fake", "model": str(folder / "merged"), "simulate": format_job,
-                "scores": str(folder / "eval" / "fake.parquet"), **grid}  # fmt: skip
-    jobs: list[dict[str, Any]] = [
-        {"kind": "convert", "name": "convert", "source": str(folder / "merged"), "output": str(folder / "quantized"),
-         "dtype": gathered["dtype"], **format_job, **trust, **grid},
-        fake_job,
-        {**evaluate, "name": "final", "model": str(folder / "quantized"), "dtype": None,
-         "scores": str(folder / "eval" / "final.parquet")},
-        {**evaluate, "kind": "measure", "name": "layers", "model": str(folder / "merged"), "format": format_job,
-         "shipped": str(folder / "quantized")},
-        *({"kind": "cost", "name": "cost", "model": str(folder / model), "dtype": dtype, **trust,
-           "batches": gathered["cost_batches"]}
-          for model, dtype in (("merged", gathered["dtype"]), ("quantized", None)) if gathered["cost_batches"]),
-    ]  # fmt: skip
-    if gathered["tasks"]:
-        rows = str(task_rows_path(folder, "final"))
-        benchmark = {**evaluate, **tasks, "kind": "benchmark", "name": "tasks", "model": str(folder / "quantized")}
-        jobs.append(benchmark | {"dtype": None, "task_rows": rows})
-    shipped, fake, final, layers, *costs = run_jobs(jobs, folder / "eval" / "finish.request.json", progress)
-    if grid:
-        compare = {**fake_job, "kind": "compare", "name": "compare", "shipped": str(folder / "quantized")}
-        request = folder / "eval" / "compare.request.json"
-        check_gap(
-            fake["loss"] - final["loss"], find_scheme(chosen["scheme"]), picked, lambda: run_jobs([compare], request)[0]
+    trained = scheme.find_target(chosen["target"])
+    if gathered["qat"] and trained.numbers() is not picked.numbers():
+        raise UserError(
+            f"the run was trained for {trained.name}, whose numbers differ from {picked.name}'s: train for that target"
         )
-    gathered |= {
-        "format": chosen,
-        "shipped": shipped,
-        "final": final | {"layers": layers},
-        "cost": costs[:2] if gathered["cost_batches"] else [],
-    }
-    gathered["arms"]["fake"] = fake
-    return write_report(folder, gathered)[0]
+    scheme.pick_group_size(chosen["group_size"], picked)  # its kernel may offer fewer
+    return picked
+
+
+def _jobs(folder: Path, gathered: Mapping[str, Any], chosen: Mapping[str, Any], dtype: str) -> Jobs:
+    return Jobs(
+        run=folder,
+        format={key: chosen[key] for key in ("scheme", "target", "group_size", "skip")},
+        dtype=dtype,
+        plain_dtype=dtype,
+        batch_size=gathered["batch_size"],
+        trust_remote_code=gathered["trust_remote_code"],
+        inside=bool(gathered["qat"]) and not _outside(gathered),
+        tasks=gathered["tasks"],
+        chat_template=gathered["chat_template"],
+        cost_batches=gathered["cost_batches"],
+    )
 
 
 def find_run(name: str, root: str) -> Path | None:
@@ -181,25 +211,18 @@ def read_gathered(folder: Path) -> dict[str, Any]:
     return gathered
 
 
-def _check_tasks(folder: Path, gathered: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
+def _check_tasks(jobs: Jobs, key: str) -> None:
     """The tasks must be on this machine what they were where the other arms ran, or no pair can be made."""
     from quantize.worker import run_jobs
 
-    if not gathered["tasks"]:
+    if jobs.tasks is None:
         return
-    job = {**tasks, "kind": "tasks", "name": "tasks", "model": str(folder / "merged")}
-    job["trust_remote_code"] = gathered["trust_remote_code"]
-    (found,) = run_jobs([job], folder / "eval" / "tasks.request.json")
-    if found["fingerprint"] != gathered["task_key"]:
+    (found,) = run_jobs([jobs.check_tasks(jobs.run / "merged")], jobs.run / "eval" / "tasks.request.json")
+    if found["fingerprint"] != key:
         raise UserError(
-            f"{folder}: the tasks {', '.join(gathered['tasks']['names'])} are others here than where the run was made "
+            f"{jobs.run}: the tasks {', '.join(jobs.tasks['names'])} are others here than where the run was made "
             "(their files, their data or lm-eval's version), so what ships could not be compared: bring the same ones"
         )
-
-
-def task_rows_path(folder: Path, arm: str) -> Path:
-    """Where an arm's results on tasks lie in a run directory."""
-    return folder / "eval" / f"{arm}.tasks.parquet"
 
 
 def copy_atomically(source: Path, target: Path) -> None:

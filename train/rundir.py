@@ -111,9 +111,9 @@ class RunDir:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
     @contextmanager
-    def commit_folder(self, name: str | Path) -> Iterator[Path]:
-        """A folder that appears under `name`, in this directory, only when it is whole and on disk."""
-        final = self.path / name
+    def commit_folder(self, final: Path) -> Iterator[Path]:
+        """A folder of this directory that appears as `final` only when it is whole and on disk."""
+        assert final.is_relative_to(self.path), f"{final} is no part of {self.path}"
         partial = final.with_name(final.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

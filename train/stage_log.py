@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,10 +65,16 @@ class StageLog:
     def __init__(self, directory: RunDir, events: Sinks) -> None:
         self.directory, self.events = directory, events
 
-    def run(self, name: str, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of a step: that of an earlier attempt with the same key, else of `work`."""
+    def run(
+        self, name: str, key: str, work: Callable[[], dict[str, Any]], makes: Sequence[Path] = ()
+    ) -> dict[str, Any]:
+        """The result of a step: that of an earlier attempt with the same key, else of `work`.
+
+        Args:
+            makes: what the step leaves on disk; where some of it is gone, the step is done anew.
+        """
         done = self.directory.stage_done(name, key)
-        if done is not None:
+        if done is not None and all(path.exists() for path in makes):
             self.events.emit(Event("stage_skipped", {"stage": name}))
             return done
         self.events.emit(Event("stage_started", {"stage": name}))

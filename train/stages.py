@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.finish import GATHERED_VERSION, copy_atomically, task_rows_path
+from quantize.finish import GATHERED_VERSION, copy_atomically
 from quantize.gate import check_gap
+from quantize.jobs import Job, Jobs, task_rows_path
 from quantize.numerics import VERSION
 from quantize.schemes import find_scheme
 from train.events import Event, Sinks
@@ -33,6 +34,7 @@ class Stages:
         self.log = StageLog(directory, events)
         self.format: Format | None = None
         self.dtype = self.merged_dtype = "float32"
+        self.jobs: Jobs
         self.model_key = self.data_key = self.task_key = ""
 
     # ------------------------------------------------------------------ preparation
@@ -42,6 +44,7 @@ class Stages:
         import torch
 
         from quantize.hardware import pick_target
+        from train.data import template_text
         from train.versions import provenance
 
         config = self.config
@@ -59,6 +62,18 @@ class Stages:
             self.format = Format(scheme, target, group_size, tuple(config.quantize.skip), tuple(missing))
         wanted = self.format.target.dtype if self.format and self.format.target.dtype else by_device
         self.merged_dtype = wanted if config.quantize.dtype == "auto" else config.quantize.dtype
+        self.jobs = Jobs(
+            run=self.directory.path,
+            format=None if self.format is None else self.format.job(),
+            dtype=self.merged_dtype,
+            plain_dtype=self._plain_dtype,
+            batch_size=config.eval.batch_size,
+            trust_remote_code=config.model.trust_remote_code,
+            inside=config.qat is not None and config.fake_quant.placement == "inside",
+            tasks=config.eval.task_settings(config.run.seed),
+            chat_template=template_text(config.data.chat_template),
+            cost_batches=config.eval.cost_batches,
+        )
 
     def backend(self) -> Backend:
         """Imports the backend, first of all that touches transformers."""
@@ -120,7 +135,7 @@ class Stages:
             save_prepared(prepared, folder)
             return {"fingerprint": prepared.fingerprint, "statistics": prepared.statistics}
 
-        result = self.log.run("data", key, work)
+        result = self.log.run("data", key, work, makes=[self.jobs.samples])
         prepared = load_prepared(folder)
         self.data_key = result["fingerprint"]
         self.directory.update_manifest(data_fingerprint=self.data_key, data=result["statistics"])
@@ -131,13 +146,11 @@ class Stages:
 
     def tasks(self, model: LocalModel) -> dict[str, Any]:
         """Loads the benchmarks, so that one that cannot be loaded ends the run before anything is trained."""
-        settings = self.config.eval.task_settings(self.config.run.seed)
-        if settings is None:
+        if self.jobs.tasks is None:
             return {}
         from quantize.tasks import definition_key
 
-        job = self._task_job() | {"kind": "tasks", "name": "tasks", "model": str(model.folder)}
-        job["trust_remote_code"] = self.config.model.trust_remote_code
+        job = self.jobs.check_tasks(model.folder)
         key = fingerprint_of(self.model_key, job, definition_key(self.config.eval.tasks))
         found = self.log.run("tasks", key, lambda: self.log.jobs("tasks", [job])[0])
         self.task_key = found["fingerprint"]
@@ -153,21 +166,22 @@ class Stages:
         settings = [self.merged_dtype, self._plain_dtype, self.config.eval.batch_size, computed_by, VERSION]
         key = fingerprint_of(self.model_key, self.data_key, self._format_key(), settings, "parquet")
         store = self.cache / "baseline" / key
-        jobs = [self._evaluate("base", model.folder, folder=store)]
+        jobs = [self.jobs.evaluate("base", model.folder, folder=store)]
         if self.format is not None:
-            jobs.append(self._evaluate("base_quantized", model.folder, simulate=True, folder=store))
+            jobs.append(self.jobs.simulate("base_quantized", model.folder, folder=store))
 
         def work() -> dict[str, Any]:
-            if not (self.config.eval.baseline_cache and (store / "result.json").is_file()):
+            kept = [store / "result.json", *(Path(job["scores"]) for job in jobs)]
+            if not (self.config.eval.baseline_cache and all(path.is_file() for path in kept)):
                 results = self.log.jobs("baseline", jobs)
                 memory = {job["name"]: result["memory_bytes"] for job, result in zip(jobs, results, strict=True)}
                 (store / "result.json").write_text(json.dumps({"memory_bytes": memory}), encoding="utf-8")
             for job in jobs:
-                copy_atomically(store / f"{job['name']}.parquet", self._eval / f"{job['name']}.parquet")
+                copy_atomically(Path(job["scores"]), self.jobs.scores(job["name"]))
             stored: dict[str, Any] = json.loads((store / "result.json").read_text(encoding="utf-8"))
             return stored | {"disk_bytes": _weights_bytes(model.folder)}
 
-        result = self.log.run("baseline", key, work)
+        result = self.log.run("baseline", key, work, makes=[self.jobs.scores(job["name"]) for job in jobs])
         for job in jobs:
             self._benchmark(job, key, store / self.task_key)
         return result
@@ -177,21 +191,21 @@ class Stages:
         computed = [self._plain_dtype, self.format is not None and self.format.simulated]
         key = fingerprint_of(self.data_key, self._format_key(), computed, control and control.result, tuned.result)
 
-        def work() -> dict[str, Any]:
-            jobs = [self._evaluate("tuned", tuned.merged)]
+        jobs = [self.jobs.evaluate("tuned", tuned.merged)]
+        if self.format is not None:
+            # Its KL divergence stands in for that of the shipped model only where that one cannot run.
+            reference = (control or tuned).merged if self.format.simulated else None
+            jobs.append(self.jobs.simulate("fake", tuned.merged, trained=True, reference=reference))
+        if control is not None:
+            jobs.append(self.jobs.evaluate("control", control.merged))
             if self.format is not None:
-                # Its KL divergence stands in for that of the shipped model only where that one cannot run.
-                reference = (control or tuned).merged if self.format.simulated else None
-                fake = self._evaluate("fake", tuned.merged, simulate=True, reference=reference)
-                jobs.append(fake | {"grid": self._grid})
-            if control is not None:
-                jobs.append(self._evaluate("control", control.merged))
-                if self.format is not None:
-                    jobs.append(self._evaluate("ptq", control.merged, simulate=True, reference=control.merged))
+                jobs.append(self.jobs.simulate("ptq", control.merged, reference=control.merged))
+
+        def work() -> dict[str, Any]:
             results = self.log.jobs("arms", jobs)
             return {job["name"]: result for job, result in zip(jobs, results, strict=True)}
 
-        return self.log.run("arms", key, work)
+        return self.log.run("arms", key, work, makes=[Path(job["scores"]) for job in jobs])
 
     # ------------------------------------------------------------------ fine-tuning
 
@@ -252,16 +266,11 @@ class Stages:
         def train() -> dict[str, Any]:
             return tuning.train(self.tokenizer(model.folder), self._step(arm), self.stop)
 
-        trained = self.log.run(f"fit-{arm}", key, train)
-        result = self.log.run(f"merge-{arm}", key, lambda: tuning.merge(self._eval_data) | trained)
+        trained = self.log.run(f"fit-{arm}", key, train, makes=[tuning.adapter])
+        folders = [tuning.merged, *([self.directory.path / "grid"] if plan and self.jobs.inside else [])]
+        result = self.log.run(f"merge-{arm}", key, lambda: tuning.merge(self.jobs.samples) | trained, makes=folders)
         tuning.free()
         return Tuned(tuning.merged, result)
-
-    @property
-    def _grid(self) -> str | None:
-        """The weights as they were trained, where they were trained on the grid that ships."""
-        inside = self.config.qat is not None and self.config.fake_quant.placement == "inside"
-        return str(self.directory.path / "grid") if inside else None
 
     # ------------------------------------------------------------------ shipping
 
@@ -269,19 +278,9 @@ class Stages:
         """Real quantisation of the merged weights, in a fresh process; not where this machine cannot run the target."""
         if self.format is None or self.format.simulated:
             return {}
-        chosen = self.format
         key = fingerprint_of(self.data_key, self._format_key(), tuned.result, self.merged_dtype)
-        job = {
-            "kind": "convert",
-            "name": "quantise",
-            "source": str(tuned.merged),
-            "output": str(self.directory.path / "quantized"),
-            "dtype": self.merged_dtype,
-            "trust_remote_code": self.config.model.trust_remote_code,
-            "grid": self._grid,
-            **chosen.job(),
-        }
-        return self.log.run("quantise", key, lambda: self.log.jobs("quantise", [job])[0])
+        jobs = [self.jobs.convert(tuned.merged)]
+        return self.log.run("quantise", key, lambda: self.log.jobs("quantise", jobs)[0], makes=[self.jobs.shipped])
 
     def final(
         self, data: Prepared, arms: dict[str, Any], control: Tuned | None, tuned: Tuned, shipped: dict[str, Any]
@@ -293,51 +292,43 @@ class Stages:
         key = fingerprint_of(self.data_key, self._format_key(), *upstream)
 
         def work() -> dict[str, Any]:
-            layers = self._evaluate("layers", tuned.merged) | {"kind": "measure", "format": self._format_key()}
+            layers = self.jobs.layers(tuned.merged, simulated=not shipped)
             if not shipped:
-                copy_atomically(self._eval / "fake.parquet", self._eval / "final.parquet")
-                measured = self.log.jobs("layers", [layers | {"grid": self._grid}])[0]
-                return {**arms["fake"], "layers": measured}
-            reference, folder = (control or tuned).merged, self.directory.path / "quantized"
-            job = self._evaluate("final", folder, reference=reference, dtype=None)
-            scored, measured = self.log.jobs("final", [job, layers | {"shipped": str(folder)}])
-            if self._grid is not None and self.format is not None:
+                copy_atomically(self.jobs.scores("fake"), self.jobs.scores("final"))
+                return {**arms["fake"], "layers": self.log.jobs("layers", [layers])[0]}
+            job = self.jobs.evaluate("final", self.jobs.shipped, reference=(control or tuned).merged)
+            scored, measured = self.log.jobs("final", [job, layers])
+            if self.jobs.inside and self.format is not None:
                 gap = arms["fake"]["loss"] - scored["loss"]
                 check_gap(gap, self.format.scheme, self.format.target, lambda: self._worst_layers(tuned))
             return {**scored, "layers": measured}
 
-        return self.log.run("final", key, work)
+        return self.log.run("final", key, work, makes=[self.jobs.scores("final")])
 
     def cost(self, tuned: Tuned, shipped: dict[str, Any]) -> dict[str, Any]:
         """What 16 bit and what ships cost to run here, one after the other in one process."""
         batches = self.config.eval.cost_batches
         if not shipped or not batches:
             return {}
-        common = {"kind": "cost", "batches": batches, "trust_remote_code": self.config.model.trust_remote_code}
-        models = {"16 bit": (tuned.merged, self._plain_dtype), "shipped": (self.directory.path / "quantized", None)}
-        jobs = [
-            {"name": name, "model": str(model), "dtype": dtype, **common} for name, (model, dtype) in models.items()
-        ]
         key = fingerprint_of(tuned.result, shipped, batches)
-        return self.log.run("cost", key, lambda: {"measured": self.log.jobs("cost", jobs)})
+        return self.log.run("cost", key, lambda: {"measured": self.log.jobs("cost", self.jobs.cost(tuned.merged))})
 
     def benchmarks(self, control: Tuned | None, tuned: Tuned, shipped: dict[str, Any]) -> None:
         """The tasks on every arm that was trained, each a step of its own: it may take hours."""
         upstream = [self._format_key(), self._plain_dtype]
-        jobs = [(self._evaluate("tuned", tuned.merged), tuned.result)]
+        jobs = [(self.jobs.evaluate("tuned", tuned.merged), tuned.result)]
         if control is not None:
-            jobs.append((self._evaluate("control", control.merged), control.result))
+            jobs.append((self.jobs.evaluate("control", control.merged), control.result))
             if self.format is not None:
-                jobs.append((self._evaluate("ptq", control.merged, simulate=True), control.result))
+                jobs.append((self.jobs.simulate("ptq", control.merged), control.result))
         if self.format is not None and shipped:
-            jobs.append((self._evaluate("final", self.directory.path / "quantized", dtype=None), shipped))
+            jobs.append((self.jobs.evaluate("final", self.jobs.shipped), shipped))
         elif self.format is not None:
-            simulated = self._evaluate("final", tuned.merged, simulate=True) | {"grid": self._grid}
-            jobs.append((simulated, tuned.result))
+            jobs.append((self.jobs.simulate("final", tuned.merged, trained=True), tuned.result))
         for job, made in jobs:
             self._benchmark(job, fingerprint_of(upstream, tuned.result, made))
 
-    def _benchmark(self, job: dict[str, Any], key: str, store: Path | None = None) -> None:
+    def _benchmark(self, job: Job, key: str, store: Path | None = None) -> None:
         """Runs the tasks on one arm; results in `store` are shared by the runs of one root."""
         if not self.task_key:
             return
@@ -346,19 +337,12 @@ class Stages:
 
         def work() -> dict[str, Any]:
             if store is None or not (self.config.eval.baseline_cache and kept.is_file()):
-                asked = self._task_job() | {"kind": "benchmark", "task_rows": str(kept)}
-                self.log.jobs(f"tasks-{job['name']}", [job | asked])
+                self.log.jobs(f"tasks-{job['name']}", [self.jobs.benchmark(job, kept)])
             if store is not None:
                 copy_atomically(kept, rows)
             return {}
 
-        self.log.run(f"tasks-{job['name']}", fingerprint_of(key, self.task_key), work)
-
-    def _task_job(self) -> dict[str, Any]:
-        from train.data import template_text
-
-        settings = self.config.eval.task_settings(self.config.run.seed)
-        return {"tasks": settings, "chat_template": template_text(self.config.data.chat_template)}
+        self.log.run(f"tasks-{job['name']}", fingerprint_of(key, self.task_key), work, makes=[rows])
 
     def report(
         self,
@@ -394,7 +378,7 @@ class Stages:
             "dtype": self.merged_dtype,
             "trust_remote_code": self.config.model.trust_remote_code,
             "batch_size": self.config.eval.batch_size,
-            **self._task_job(),
+            **self.jobs.task_settings(),
             "version": GATHERED_VERSION,
             "task_key": self.task_key,
             "cost_batches": self.config.eval.cost_batches,
@@ -415,9 +399,7 @@ class Stages:
     # ------------------------------------------------------------------ helpers
 
     def _worst_layers(self, tuned: Tuned) -> list[tuple[str, float]]:
-        job = self._evaluate("compare", tuned.merged, simulate=True)
-        job |= {"kind": "compare", "grid": self._grid, "shipped": str(self.directory.path / "quantized")}
-        found: list[tuple[str, float]] = self.log.jobs("compare", [job])[0]
+        found: list[tuple[str, float]] = self.log.jobs("compare", [self.jobs.compare(tuned.merged)])[0]
         return found
 
     def _step(self, arm: str) -> Callable[[int, int, dict[str, float]], None]:
@@ -428,33 +410,6 @@ class Stages:
 
         return report
 
-    def _evaluate(
-        self,
-        arm: str,
-        model: Path,
-        *,
-        simulate: bool = False,
-        reference: Path | None = None,
-        folder: Path | None = None,
-        dtype: str | None = "merged",
-    ) -> dict[str, Any]:
-        """A job that scores one arm on the held-out samples, into `folder` (else this run's)."""
-        job: dict[str, Any] = {
-            "kind": "evaluate",
-            "name": arm,
-            "model": str(model),
-            "dtype": self._plain_dtype if dtype == "merged" else dtype,
-            "data": str(self._eval_data),
-            "batch_size": self.config.eval.batch_size,
-            "scores": str((folder or self._eval) / f"{arm}.parquet"),
-            "reference": str(reference) if reference else None,
-            "reference_dtype": self._plain_dtype,
-            "trust_remote_code": self.config.model.trust_remote_code,
-        }
-        if simulate and self.format is not None:
-            job["simulate"] = self.format.job()
-        return job
-
     @property
     def _plain_dtype(self) -> str:
         """What the plain graph computes in: the dtype that ships.
@@ -464,14 +419,6 @@ class Stages:
         """
         simulated = self.format is not None and self.format.simulated
         return "float32" if simulated and self.dtype == "float32" else self.merged_dtype
-
-    @property
-    def _eval_data(self) -> Path:
-        return self.directory.path / "data" / "eval.parquet"
-
-    @property
-    def _eval(self) -> Path:
-        return self.directory.path / "eval"
 
     def _format_key(self) -> Any:
         return None if self.format is None else self.format.job()

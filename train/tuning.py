@@ -54,6 +54,11 @@ class Tuning:
         """The folder of the merged weights."""
         return self._home(self.arm) / "merged"
 
+    @property
+    def adapter(self) -> Path:
+        """The folder of the adapter."""
+        return self._home(self.arm) / "adapter"
+
     def train(self, tokenizer: Any, on_step: OnStep, stop: StopRequest) -> dict[str, Any]:
         """Trains to the end and writes the adapter.
 
@@ -83,7 +88,7 @@ class Tuning:
             stop.graceful = False
         if not done:
             raise stop.stopped()
-        with self.directory.commit_folder(self._home(self.arm) / "adapter") as folder:
+        with self.directory.commit_folder(self.adapter) as folder:
             save_adapter(self.learner, folder)
         prepared = self.learner.prepared
         return {"coverage": prepared.coverage.as_dict() if prepared else None}
@@ -94,14 +99,14 @@ class Tuning:
         Args:
             samples: held-out samples, on which the run's own fine-tuning is measured in the backend's graph.
         """
-        learner = self.learner or self._build(self._home(self.arm) / "adapter")
+        learner = self.learner or self._build(self.adapter)
         if learner.prepared is not None:
             learner.prepared.switch_on()  # a delayed start leaves it off, where a resumed run loads the finished fit
         loss = None
         if self.arm == "tuned":
             loss = backend_loss(learner, read_samples(samples), self.config.eval.batch_size)
         if learner.prepared is not None and self.config.fake_quant.placement == "inside":
-            with self.directory.commit_folder("grid") as folder:
+            with self.directory.commit_folder(self.directory.path / "grid") as folder:
                 save_grid(folder, learner.prepared.grid())
         with self.directory.commit_folder(self.merged) as folder:
             write_merged(learner, self.model.folder, folder, dtype=self.merged_dtype, settings=self.config.model)

@@ -51,7 +51,7 @@ def test_the_documents_hold_commands() -> None:
 def test_a_documented_command_works(place: str, runs: Any, tmp_path: Path) -> None:
     command, *words = shlex.split(DOCUMENTED[place])
     if command == "quantize":
-        here = ["--root", str(runs.root), "--output", str(tmp_path)] if words[0] == "compare" else []
+        here = ["--root", str(runs.root), "--output", str(tmp_path)] if words[0] in ("compare", "sensitivity") else []
         done = runs.quantize(*words, *here)
     elif RUN_IN_FULL.search(DOCUMENTED[place]):
         done = runs.train(*words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Runs
 
 TINY = ("--config", "tiny.yaml", "--qat", "int8-int4", "--eval.cost-batches=[]")
 ARMS = ("base", "base_quantized", "control", "ptq", "tuned", "final")
@@ -37,6 +39,39 @@ def test_what_ships_is_compared_in_the_dtype_that_ships(training: str, merged: s
     dtypes = (f"--model.dtype={training}", f"--quantize.dtype={merged}", "--eval.control=False")
     run = runs.finish(*TINY, *dtypes, f"--run.name=merged-{merged}")
     assert runs.metrics(run)["train_ship_gap"] == 0.0
+
+
+def test_a_run_works_under_a_relative_root(tmp_path: Path) -> None:
+    near = Runs(Path(os.path.relpath(tmp_path)))
+    run = near.finish(*TINY, "--eval.control=False", "--run.name=near")
+    assert near.metrics(run)["train_ship_gap"] == 0.0
+    assert {path.name for path in run.iterdir() if path.is_dir()} == {
+        "adapter", "checkpoints", "data", "eval", "grid", "merged", "plots", "quantized",
+    }  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {".cache", "near"}
+
+
+def test_layers_that_are_skipped_train_and_ship_in_16_bit(runs: Any) -> None:
+    skip = '--quantize.skip=["o_proj","model.layers.1"]'
+    run = runs.finish(*TINY, skip, "--eval.control=False", "--run.name=skip")
+    metrics = runs.metrics(run)
+    assert metrics["train_ship_gap"] == 0.0 and 0 < metrics["coverage"]["quantized_fraction"] < 0.5
+    kept = {name for name, reason in metrics["coverage"]["skipped"].items() if "quantize.skip" in reason}
+    assert len(kept) == 8 and "model.layers.0.self_attn.o_proj" in kept
+    done = runs.train(*TINY, '--quantize.skip=["o_prj"]', "--run.name=skip-wrong")
+    assert done.returncode == 2 and "'o_prj' fits no linear layer" in done.stderr and "fit-" not in done.stdout
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_lost_files_makes_them_anew(finished: Path, runs: Any) -> None:
+    run = runs.root / "lost"
+    shutil.copytree(finished, run)
+    for name in ("merged", "quantized", "grid"):
+        shutil.rmtree(run / name)
+    (run / "eval" / "ptq.parquet").unlink()
+    done = runs.train("--resume", str(run))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert runs.metrics(run) == runs.metrics(finished)
 
 
 LOCAL_TASKS = '["examples/tasks/choices.yaml","examples/tasks/answers.yaml","examples/tasks/perplexity.yaml"]'

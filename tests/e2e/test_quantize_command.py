@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from quantize.cli import main
+from quantize.errors import UserError
 from quantize.finish import write_report
 from quantize.schemes import SCHEMES
 
@@ -34,6 +35,78 @@ def test_a_folder_becomes_a_quantised_checkpoint(finished: Path, runs: Any, tmp_
     weight = AutoModelForCausalLM.from_pretrained(output).model.layers[0].mlp.down_proj.weight
     assert list(weight.block_size) == [1, 64]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
+
+
+def test_layers_that_are_skipped_keep_16_bit_and_load_so(finished: Path, runs: Any, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    output = tmp_path / "small"
+    options = ("--scheme", "int8-int4", "--skip", "down_proj", "model.layers.0", "--output", str(output))
+    done = runs.quantize("convert", str(finished / "merged"), *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "kept in 16 bit: model.layers.0.self_attn.q_proj (quantize.skip keeps it in 16 bit)" in done.stdout
+    model, plain = (AutoModelForCausalLM.from_pretrained(folder) for folder in (output, finished / "merged"))
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            kept = "layers.0." in name or name.endswith(("down_proj", "lm_head"))
+            assert (type(module.weight.data) is torch.Tensor) == kept, name
+            if kept:
+                assert torch.equal(module.weight, plain.get_submodule(name).weight)
+
+
+def test_sensitivity_of_a_run_names_groups_and_writes_a_page(finished: Path, runs: Any, tmp_path: Path) -> None:
+    output = tmp_path / "page"
+    options = ("--by", "kind", "layer", "--samples", "12", "--growth", "0.5", "--output", str(output))
+    done = runs.quantize("sensitivity", str(finished), *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((output / "sensitivity.json").read_text())
+    assert found["n_samples"] == {"groups": 6, "sets": 6} and len(found["groups"]) == 7 + 14
+    assert {path.name for path in output.iterdir()} == {"sensitivity.json", "report.md", "report.html", "plots"}
+    assert (output / "report.md").read_text() in done.stdout and "### By kind" in done.stdout
+    if found["proposal"]:
+        assert f"--run.name={finished.name}-skip" in done.stdout
+
+
+def test_sensitivity_of_a_folder_takes_a_text(finished: Path, runs: Any, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"{n} and {n} is {2 * n}, as all know."}) for n in range(8)))
+    options = ("--scheme", "fp8", "--data", str(text), "--output", str(tmp_path / "page"), "--growth", "3")
+    done = runs.quantize("sensitivity", str(finished / "merged"), *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Sensitivity of merged: fp8, cuda-sm89" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["MERGED"], "--scheme: say which format, one of int8-int4"),
+        (["MERGED", "--scheme", "int4"], "--data: name held-out text"),
+        (["MERGED", "--scheme", "int4", "--data", "gone.txt"], "--data gone.txt: there is no such file"),
+        (["RUN", "--samples", "1"], "--samples: 2 or more"),
+        (["RUN", "--growth", "0"], "--growth 0.0: a share above 0"),
+        (["RUN", "--scheme", "int5"], "unknown scheme 'int5'"),
+        (["nowhere", "--scheme", "int4"], "nowhere is neither a run nor a folder with a config.json"),
+    ],
+)
+def test_what_cannot_be_scanned_is_exit_2(
+    options: list[str], said: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"MERGED": finished / "merged", "RUN": finished}
+    command = ["sensitivity", *(str(places.get(word, word)) for word in options), "--output", str(tmp_path / "page")]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("damage", ["gone", "torn"])
+def test_a_report_without_an_arms_scores_says_which_file(damage: str, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    scores = run / "eval" / "ptq.parquet"
+    scores.write_bytes(scores.read_bytes()[:100]) if damage == "torn" else scores.unlink()
+    with pytest.raises(UserError, match=r"ptq\.parquet cannot be read .*; remove it, then: train --resume"):
+        write_report(run, json.loads((run / "gathered.json").read_text()))
 
 
 def test_a_run_that_was_simulated_is_finished_where_its_target_runs(finished: Path, runs: Any, tmp_path: Path) -> None:
@@ -79,7 +152,9 @@ def test_an_adapter_trained_outside_is_never_said_to_ship_as_trained(finished: P
         (["MERGED", "--scheme", "int8-int4", "--group-size", "48"], "48 is not offered by int8-int4"),
         (["MERGED", "--scheme", "int8-int4", "--output", "RUN"], "exists and is not empty"),
         (["nowhere"], "nowhere is neither a run nor a folder with a config.json"),
-        (["RUN", "--scheme", "int4"], "a run ships the scheme that it was trained for"),
+        (["RUN", "--scheme", "int4"], "--scheme: a run ships what it was trained for"),
+        (["RUN", "--group-size", "64"], "--group-size: a run ships what it was trained for"),
+        (["MERGED", "--scheme", "int8-int4", "--skip", "q_prj"], "'q_prj' fits no linear layer of this model"),
         (["UNFINISHED"], "has no finished training yet; continue it with: train --resume"),
     ],
 )

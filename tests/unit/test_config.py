@@ -369,6 +369,7 @@ class TestContradictions:
             (["--qat=int4", "--quantize.group_size=48"], ["quantize.group_size=48", "32, 64, 128, 256"]),
             (["--qat=fp8", "--quantize.group_size=32"], ["not offered by fp8", "per output row"]),
             (["--quantize.group_size=32"], ["quantize.group_size=32", "without a scheme"]),
+            (["--quantize.skip=[\"lm_head\"]"], ["quantize.skip=", "without a scheme"]),
             (["--quantize.target=cpu"], ["quantize.target=cpu", "without a scheme"]),
             (["--qat=int4", "--quantize.dtype=float32"], ["int4 needs quantize.dtype=bfloat16"]),
             (["--qat=int4", "--model.load_in_4bit=True"], ["load_in_4bit", "not supported together with qat yet"]),

@@ -99,11 +99,11 @@ def test_a_stage_is_done_only_with_the_same_inputs(tmp_path: Path) -> None:
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     run = _create(tmp_path)
-    with run.commit_folder("merged") as folder:
+    with run.commit_folder(run.path / "merged") as folder:
         (folder / "a").write_text("old")
 
     def break_off() -> None:
-        with run.commit_folder("merged") as folder:
+        with run.commit_folder(run.path / "merged") as folder:
             (folder / "a").write_text("half of the new")
             raise RuntimeError
 

@@ -1,0 +1,132 @@
+"""What a fresh process is asked to do with a run directory: jobs of `quantize.worker`, for training and finishing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Job = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jobs:
+    """The jobs of one run.
+
+    Attributes:
+        run: its directory.
+        format: {scheme, target, group_size, skip} that ships; None = nothing is quantised.
+        dtype: what the shipped model computes in.
+        plain_dtype: what the plain graph of the 16-bit models computes in.
+        batch_size: held-out rows at once.
+        trust_remote_code: run the checkpoints' own code.
+        inside: the weights were trained on the grid that ships.
+        tasks: settings of `quantize.tasks`; None = no tasks.
+        chat_template: for the tokenizer; None = its own.
+        cost_batches: sequences at a time for which decoding is timed.
+    """
+
+    run: Path
+    format: Mapping[str, Any] | None
+    dtype: str
+    plain_dtype: str
+    batch_size: int
+    trust_remote_code: bool
+    inside: bool
+    tasks: Mapping[str, Any] | None
+    chat_template: str | None
+    cost_batches: Sequence[int]
+
+    @property
+    def shipped(self) -> Path:
+        """The folder of the checkpoint that ships."""
+        return self.run / "quantized"
+
+    @property
+    def samples(self) -> Path:
+        """The held-out samples."""
+        return self.run / "data" / "eval.parquet"
+
+    @property
+    def grid(self) -> str | None:
+        """The weights as they were trained, where they were trained on the grid that ships."""
+        return str(self.run / "grid") if self.inside else None
+
+    def scores(self, arm: str, folder: Path | None = None) -> Path:
+        """Where an arm's scores on the held-out samples lie."""
+        return (folder or self.run / "eval") / f"{arm}.parquet"
+
+    def evaluate(self, arm: str, model: Path, *, reference: Path | None = None, folder: Path | None = None) -> Job:
+        """Scores a 16-bit checkpoint, or the one that ships, into `folder` (else this run's).
+
+        Args:
+            reference: checkpoint that the KL divergence is measured from.
+        """
+        return {
+            "kind": "evaluate",
+            "name": arm,
+            "model": str(model),
+            "dtype": None if model == self.shipped else self.plain_dtype,
+            "data": str(self.samples),
+            "batch_size": self.batch_size,
+            "scores": str(self.scores(arm, folder)),
+            "reference": str(reference) if reference else None,
+            "reference_dtype": self.plain_dtype,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+    def simulate(
+        self, arm: str, model: Path, *, trained: bool = False, reference: Path | None = None, folder: Path | None = None
+    ) -> Job:
+        """Scores a 16-bit checkpoint as it would be quantised; `trained`: with the weights as this run trained them."""
+        assert self.format is not None, "nothing is quantised in this run"
+        job = self.evaluate(arm, model, reference=reference, folder=folder) | {"simulate": dict(self.format)}
+        return job | ({"grid": self.grid} if trained else {})
+
+    def convert(self, source: Path) -> Job:
+        """Quantises the run's merged weights for real."""
+        assert self.format is not None, "nothing is quantised in this run"
+        return {
+            "kind": "convert",
+            "name": "quantise",
+            "source": str(source),
+            "output": str(self.shipped),
+            "dtype": self.dtype,
+            "trust_remote_code": self.trust_remote_code,
+            "grid": self.grid,
+            **self.format,
+        }
+
+    def layers(self, model: Path, *, simulated: bool) -> Job:
+        """Each quantised layer beside its original in `model`."""
+        shipped = {"grid": self.grid} if simulated else {"shipped": str(self.shipped)}
+        return self.evaluate("layers", model) | {"kind": "measure", "format": self.format} | shipped
+
+    def compare(self, model: Path) -> Job:
+        """Which layers of what ships differ from what was trained."""
+        return self.simulate("compare", model, trained=True) | {"kind": "compare", "shipped": str(self.shipped)}
+
+    def cost(self, model: Path) -> list[Job]:
+        """What 16 bit and what ships cost to run, one after the other in one process."""
+        common = {"kind": "cost", "batches": list(self.cost_batches), "trust_remote_code": self.trust_remote_code}
+        models = {"16 bit": (model, self.plain_dtype), "shipped": (self.shipped, None)}
+        return [{"name": name, "model": str(path), "dtype": dtype, **common} for name, (path, dtype) in models.items()]
+
+    def check_tasks(self, model: Path) -> Job:
+        """Loads the tasks, before any model runs on them."""
+        trust = {"trust_remote_code": self.trust_remote_code}
+        return {**self.task_settings(), "kind": "tasks", "name": "tasks", "model": str(model), **trust}
+
+    def benchmark(self, job: Job, rows: Path) -> Job:
+        """The tasks on the model of `job`, results in `rows`."""
+        return {**job, **self.task_settings(), "kind": "benchmark", "task_rows": str(rows)}
+
+    def task_settings(self) -> Job:
+        """The tasks and what their prompts are put in."""
+        return {"tasks": self.tasks, "chat_template": self.chat_template}
+
+
+def task_rows_path(run: Path, arm: str) -> Path:
+    """Where an arm's results on tasks lie in a run directory."""
+    return run / "eval" / f"{arm}.tasks.parquet"
