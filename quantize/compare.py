@@ -22,6 +22,7 @@ from quantize.arms import (
 )
 from quantize.document import Block, Figure, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
 from quantize.errors import UserError
+from quantize.finish import find_run, write_atomically
 from quantize.report import nested
 from quantize.statistics import Interval, holm, mcnemar, paired_accuracy_difference, paired_loss_difference
 from quantize.task_metrics import NOTHING, compare_rows
@@ -75,7 +76,6 @@ def compare_runs(names: Sequence[str], root: str, output: Path) -> str:
     Raises:
         UserError: fewer than two runs, one that is none or is not finished, or files that cannot be read.
     """
-    from quantize.finish import write_atomically
     from quantize.plots import draw_comparison
 
     folders = list(dict.fromkeys(folder for name in names for folder in find_runs(name, root)))
@@ -101,9 +101,10 @@ def compare_runs(names: Sequence[str], root: str, output: Path) -> str:
 
 def find_runs(name: str, root: str) -> list[Path]:
     """The run directory of that path or name, or the finished runs in that folder, by name."""
+    run = find_run(name, root)
+    if run is not None:
+        return [run]
     for path in (Path(name).expanduser(), Path(root).expanduser() / name):
-        if (path / "manifest.json").is_file():
-            return [path]
         inside = sorted(manifest.parent for manifest in path.glob("*/manifest.json"))
         finished = [folder for folder in inside if (folder / "metrics.json").is_file()]
         if finished:

@@ -62,7 +62,7 @@ def cost_section(metrics: Metrics) -> Iterator[Block]:
         return
     tuned, final, ratio = (cost[key] for key in ("tuned", "final", "ratio"))
     size = {key: metrics["size"][f"{key}_mib"] for key in ("tuned", "final")}
-    process = "" if tuned["compiled"] else " of the process"
+    process = "" if tuned["graph"] else " of the process"
 
     def row(name: str, pick: Callable[[Metrics], float], digits: int, times: float, word: str) -> tuple[str, ...]:
         return name, f"{pick(tuned):,.{digits}f}", f"{pick(final):,.{digits}f}", f"{times:.2f} times as {word}"
@@ -77,7 +77,8 @@ def cost_section(metrics: Metrics) -> Iterator[Block]:
         disk = f"{size['final'] / size['tuned']:.2f} times as much"
         rows.append(("on disk, MiB", *(format_size(size[key]) for key in ("tuned", "final")), disk))
     yield Table(("", "16 bit", "shipped", ""), rows, numeric=frozenset({1, 2, 3}))
-    how = "its layers compiled, each step one CUDA graph" if tuned["compiled"] else "not compiled"
+    how = " and ".join(dict.fromkeys("compiled" if of["compiled"] else "not compiled" for of in (tuned, final)))
+    how += ", each step one CUDA graph" if tuned["graph"] else ""
     text = (
         f"transformers' model on this machine ({how}), the cache of a fixed size; prompts of "
         f"{tuned['prompt_tokens']} tokens, medians."

@@ -106,7 +106,11 @@ def _read_arms(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, Sco
                 tasks[name] = load_rows(path)
         except (OSError, KeyError, TypeError, ValueError) as error:  # pyarrow's are ValueErrors
             said = str(error).splitlines()[0]
-            raise UserError(f"{path} cannot be read ({said}); remove it, then: train --resume {folder}") from error
+            advice = "" if isinstance(error, FileNotFoundError) else "remove it"
+            if advice and name.startswith("base"):
+                advice += ", and the folder .cache/baseline beside the run that it was copied from"
+            advice += ", then: " if advice else ""
+            raise UserError(f"{path} cannot be read ({said}); {advice}train --resume {folder}") from error
     return arms, tasks
 
 
@@ -118,7 +122,7 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
     """
     from quantize.gate import check_gap
     from quantize.schemes import find_scheme
-    from quantize.worker import run_jobs
+    from quantize.worker import run_jobs, run_timings
 
     gathered = read_gathered(folder)
     picked = _pick_target(folder, gathered, target)
@@ -140,9 +144,8 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
     if jobs.inside:
         gap = fake["loss"] - final["loss"]
         check_gap(gap, find_scheme(chosen["scheme"]), picked, lambda: work("compare", [jobs.compare(merged)])[0])
-    layers, *costs = work("cost", [
-        jobs.layers(merged, simulated=False), *(jobs.cost(merged) if jobs.cost_batches else ()),
-    ])  # fmt: skip
+    (layers,) = work("layers", [jobs.layers(merged, simulated=False)])
+    costs = run_timings(lambda: work("cost", jobs.cost(merged))) if jobs.cost_batches else []
     if jobs.tasks is not None:
         work("tasks", [jobs.benchmark(final_job, task_rows_path(folder, "final"))])
     gathered |= {
@@ -196,7 +199,8 @@ def _jobs(folder: Path, gathered: Mapping[str, Any], chosen: Mapping[str, Any], 
 
 def find_run(name: str, root: str) -> Path | None:
     """The run directory of that path, or of that name under `root`; None where there is none."""
-    found = (path for path in (Path(name), Path(root) / name) if (path / "manifest.json").is_file())
+    paths = Path(name).expanduser(), Path(root).expanduser() / name
+    found = (path for path in paths if (path / "manifest.json").is_file())
     return next(found, None)
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantize.schemes import find_scheme
+
 Job = dict[str, Any]
 
 
@@ -109,9 +111,13 @@ class Jobs:
 
     def cost(self, model: Path) -> list[Job]:
         """What 16 bit and what ships cost to run, one after the other in one process."""
+        assert self.format is not None, "nothing is quantised in this run"
+        speed = find_scheme(self.format["scheme"]).find_target(self.format["target"]).speed
         common = {"kind": "cost", "batches": list(self.cost_batches), "trust_remote_code": self.trust_remote_code}
-        models = {"16 bit": (model, self.plain_dtype), "shipped": (self.shipped, None)}
-        return [{"name": name, "model": str(path), "dtype": dtype, **common} for name, (path, dtype) in models.items()]
+        plain = {"name": "16 bit", "model": str(model), "dtype": self.plain_dtype, "compiled": True}
+        compiled = speed is None or speed.compiled
+        shipped = {"name": "shipped", "model": str(self.shipped), "dtype": None, "compiled": compiled}
+        return [plain | common, shipped | common]
 
     def check_tasks(self, model: Path) -> Job:
         """Loads the tasks, before any model runs on them."""

@@ -161,6 +161,8 @@ class Scheme:
     """The group sizes that may be asked for; empty = not adjustable."""
     embedding: Target | None = None
     """Quantises the (untied) input embedding too, in this layout."""
+    embedding_bits: float = 8
+    """Nominal bits a weight of the embedding, where it is quantised."""
     skip: tuple[str, ...] = ("lm_head",)
     """Last parts of module names that keep 16 bit."""
 

@@ -1,8 +1,9 @@
 """Which layers a format hurts: one group of layers quantised at a time, the rest in 16 bit.
 
 Then the way back: everything quantised but the groups that cost most for their size, measured as a whole, since the
-divergences of groups do not add up, and on other samples than those they were chosen by, since the worst of many looks
-worse than it is.
+divergences of groups do not add up, and on other samples than those that chose the groups, since the worst of many
+looks worse than it is. A larger set is proposed only where its step from the smaller one is shown, and none after one
+that is not: tests in a fixed order need no correction for their number.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def scan_model(
         quantised: the same with every layer of `coverage` quantised, for real or simulated.
         ways: of `WAYS`.
         growth: share by which the shipped weights may grow for what is kept in 16 bit.
-        samples: every second one measures the groups, the others the sets.
+        samples: the first half measures the groups, the other the sets.
         progress: called with (samples done, all of them).
 
     Returns:
@@ -91,11 +92,15 @@ def scan_model(
         shown to help; sizes and numbers of samples.
 
     Raises:
-        UserError: fewer than two samples, or numbers that are not finite.
+        UserError: fewer than two samples, no layer is quantised, or numbers are not finite.
     """
     if len(samples) < 2:
         raise UserError("sensitivity needs two samples or more: half measure the groups, half what is proposed")
-    looked, confirming = samples[::2], samples[1::2]
+    if not coverage.layers:
+        reasons = "; ".join(sorted(set(coverage.skipped.values()))) or "it has no linear layer"
+        raise UserError(f"{scheme.name} reaches no layer of this model: {reasons}")
+    half = (len(samples) + 1) // 2
+    looked, confirming = samples[:half], samples[half:]
     layers = {name: _weights(model, name) for name in coverage.layers}
     extra = embedding_name(model) if scheme.embedding is not None else None
     groups = group_layers(layers, ways)
@@ -106,18 +111,20 @@ def scan_model(
     variants: dict[str, Variant] = {_REFERENCE: nullcontext, _ALL: partial(hold, everything)}
     variants |= {f"{group.way} {group.name}": partial(hold, group.layers) for group in groups}
     found = _measured(model, variants, looked, batch_size, lambda done, _: progress(done, len(samples)))
-    size = Sizes.of(scheme, group_size, coverage)
+    size = Sizes.of(scheme, group_size, quantised, layers, extra)
     rows = [_row(group, found[f"{group.way} {group.name}"], found[_REFERENCE], groups, found) for group in groups]
     sets = choose_sets(rows, size, growth)
     members = [_members(groups, names) for names in sets]
     variants = {_REFERENCE: nullcontext, _ALL: partial(hold, everything)}
-    variants |= {str(n): partial(hold, [x for x in everything if x not in kept]) for n, kept in enumerate(members)}
-    last = len(looked)
-    again = _measured(model, variants, confirming, batch_size, lambda done, _: progress(last + done, len(samples)))
+    labels = [f"all but {', '.join(names)}" for names in sets]
+    for label, kept in zip(labels, members, strict=True):
+        variants[label] = partial(hold, [name for name in everything if name not in kept])
+    again = _measured(model, variants, confirming, batch_size, lambda done, _: progress(half + done, len(samples)))
     whole, before = again[_ALL], again[_REFERENCE]
+    steps = zip(sets, members, labels, [_ALL, *labels], strict=False)
     tried = [
-        _set_row(names, again[str(n)], whole, size, sum(layers[name] for name in kept))
-        for n, (names, kept) in enumerate(zip(sets, members, strict=True))
+        _set_row(names, again[label], whole, again[smaller], size, sum(layers[name] for name in kept))
+        for names, kept, label, smaller in steps
     ]
     return {
         "n_samples": {"groups": len(looked), "sets": len(confirming)},
@@ -126,6 +133,7 @@ def scan_model(
         "growth": growth,
         "sets": tried,
         "proposal": propose(tried),
+        "skipped": dict(coverage.skipped),
     }
 
 
@@ -136,17 +144,29 @@ class Sizes:
     plain_weights: int
     quantised_weights: int
     bits: float
+    embedding_bits: float = 0.0  # of the whole embedding, where the scheme quantises it
 
     @classmethod
-    def of(cls, scheme: Scheme, group_size: int | None, coverage: Coverage) -> Sizes:
-        """Nominal: a scale of 16 bits a group."""
+    def of(
+        cls, scheme: Scheme, group_size: int | None, quantised: nn.Module, layers: Mapping[str, int], extra: str | None
+    ) -> Sizes:
+        """Nominal: a scale of 16 bits a group.
+
+        Args:
+            quantised: the quantised model, whose embedding and lm_head are no longer tied where they ship apart.
+            layers: weights of each quantised layer.
+            extra: name of the embedding, where it is quantised too.
+        """
+        embedding = _weights(quantised, extra) if extra else 0
+        total = sum(parameter.numel() for parameter in quantised.parameters())
+        many = sum(layers.values())
         bits = scheme.bits + (16 / group_size if group_size else 0)
-        return cls(coverage.total_weights - coverage.quantized_weights, coverage.quantized_weights, bits)
+        return cls(total - many - embedding, many, bits, embedding * scheme.embedding_bits)
 
     def mib(self, kept: int) -> float:
         """MiB with so many of the quantised weights kept in 16 bit."""
         bits = 16 * (self.plain_weights + kept) + self.bits * (self.quantised_weights - kept)
-        return bits / 8 / 2**20
+        return (bits + self.embedding_bits) / 8 / 2**20
 
     def growth(self, kept: int) -> float:
         """Share by which that is larger than nothing kept."""
@@ -177,10 +197,14 @@ def choose_sets(rows: Sequence[Mapping[str, Any]], size: Sizes, growth: float) -
 
 
 def propose(sets: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The set with the least divergence of those whose gain is shown: its interval lies below 0."""
-    shown = [found for found in sets if found["kl_change"]["high"] is not None and found["kl_change"]["high"] < 0]
-    best = min(shown, key=lambda found: found["kl"]["value"], default=None)
-    return [] if best is None else list(best["skip"])
+    """The largest set up to which every step is shown to lower the divergence: its interval lies below 0."""
+    proposal: list[str] = []
+    for found in sets:
+        high = found["kl_step"]["high"]
+        if high is None or high >= 0:
+            break
+        proposal = list(found["skip"])
+    return proposal
 
 
 def _measured(
@@ -193,7 +217,8 @@ def _measured(
     found = evaluate_variants(model, variants, samples, batch_size=batch_size, progress=progress)
     for name, scores in found.items():
         if scores.kl is None or not np.isfinite([scores.kl, scores.nll]).all():
-            raise UserError(f"with {name} quantised the model gives numbers that are not finite on these samples")
+            who = "the 16-bit model" if name == _REFERENCE else f"the model with {name} quantised"
+            raise UserError(f"{who} gives numbers that are not finite on these samples")
     return found
 
 
@@ -238,14 +263,17 @@ def _row(
     }
 
 
-def _set_row(names: Sequence[str], scores: Scores, whole: Scores, size: Sizes, kept: int) -> dict[str, Any]:
-    assert scores.kl is not None and whole.kl is not None
+def _set_row(
+    names: Sequence[str], scores: Scores, whole: Scores, smaller: Scores, size: Sizes, kept: int
+) -> dict[str, Any]:
+    assert scores.kl is not None and whole.kl is not None and smaller.kl is not None
     return {
         "skip": list(names),
         "mib": size.mib(kept),
         "growth": size.growth(kept),
         "kl": _kl(scores),
         "kl_change": paired_loss_difference(scores.kl, whole.kl, scores.tokens).as_dict(),
+        "kl_step": paired_loss_difference(scores.kl, smaller.kl, scores.tokens).as_dict(),
         "loss_change": paired_loss_difference(scores.nll, whole.nll, scores.tokens).as_dict(),
     }
 

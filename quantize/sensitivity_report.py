@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantize.arms import format_difference
-from quantize.document import Block, Code, Figure, Figures, Heading, Paragraph, Table, to_html, to_markdown
+from quantize.document import Block, Code, Figure, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
 from quantize.errors import UserError
 from quantize.finish import find_run, read_gathered, write_atomically
 
@@ -46,7 +48,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is scanned: a 16-bit checkpoint, its format as the worker takes it, and where it came from."""
+    """What is scanned: a 16-bit checkpoint, its format as the worker takes it, and where it came from.
+
+    `trained`: the format that its run ships, empty where it quantises nothing; None = not from a run.
+    """
 
     model: Path
     name: str
@@ -55,7 +60,8 @@ class Subject:
     dtype: str
     grid: Path | None
     output: Path
-    run: bool
+    trust_remote_code: bool
+    trained: Mapping[str, Any] | None
 
 
 def study(asked: Asked, progress: Any = None) -> tuple[str, Path]:
@@ -72,7 +78,9 @@ def study(asked: Asked, progress: Any = None) -> tuple[str, Path]:
 
     if asked.samples < 2:
         raise UserError("--samples: 2 or more; half of them measure the groups, half what is proposed")
-    if not asked.growth > 0:
+    if asked.batch_size < 1:
+        raise UserError(f"--batch-size {asked.batch_size}: 1 or more")
+    if not 0 < asked.growth < math.inf:
         raise UserError(f"--growth {asked.growth}: a share above 0, such as 0.1 for a tenth")
     subject = _subject(asked)
     job = {
@@ -85,13 +93,14 @@ def study(asked: Asked, progress: Any = None) -> tuple[str, Path]:
         "data": str(subject.data),
         "samples": asked.samples,
         "batch_size": asked.batch_size,
-        "ways": list(asked.ways),
+        "ways": list(dict.fromkeys(asked.ways)),
         "growth": asked.growth,
-        "trust_remote_code": asked.trust_remote_code,
+        "trust_remote_code": subject.trust_remote_code,
     }
     output = subject.output
     output.mkdir(parents=True, exist_ok=True)
-    (found,) = run_jobs([job], output / "request.json", progress)
+    with tempfile.TemporaryDirectory(prefix="ongrid-") as folder:
+        (found,) = run_jobs([job], Path(folder) / "request.json", progress)
     found = {"model": subject.name, "format": dict(subject.format), "data": str(subject.data), **found}
     plots = draw_sensitivity(found)
     blocks = list(_blocks(found, subject, [Figure(f"plots/{plot.name}.png", plot.caption, plot.svg) for plot in plots]))
@@ -102,8 +111,6 @@ def study(asked: Asked, progress: Any = None) -> tuple[str, Path]:
     write_atomically(output / "sensitivity.json", json.dumps(found, indent=1, allow_nan=False))
     write_atomically(output / "report.md", text)
     write_atomically(output / "report.html", to_html(f"sensitivity of {subject.name}", blocks))
-    for path in output.glob("request.*"):
-        path.unlink()
     return text, output
 
 
@@ -116,6 +123,8 @@ def _subject(asked: Asked) -> Subject:
     trained: dict[str, Any] = (gathered and gathered["format"]) or {}
     name = asked.scheme or trained.get("scheme")
     folder = Path(asked.source) if run is None else run / "merged"
+    if not (folder / "config.json").is_file() and run is not None:
+        raise UserError(f"{folder} is gone; make it anew with: train --resume {run}")
     if not (folder / "config.json").is_file():
         raise UserError(f"{asked.source} is neither a run nor a folder with a config.json")
     if name is None:
@@ -125,7 +134,7 @@ def _subject(asked: Asked) -> Subject:
     scheme = find_scheme(name)
     same = trained.get("scheme") == name
     target, _ = pick_target(scheme, asked.target or (trained["target"] if same else None))
-    group_size = asked.group_size or (trained["group_size"] if same else None)
+    group_size = trained["group_size"] if same and asked.group_size is None else asked.group_size
     chosen = {
         "scheme": name,
         "target": target.name,
@@ -142,7 +151,8 @@ def _subject(asked: Asked) -> Subject:
         dtype=_dtype(gathered),
         grid=grid,
         output=asked.output or (run / "sensitivity" if run is not None else Path("sensitivity")),
-        run=run is not None,
+        trust_remote_code=asked.trust_remote_code or bool(gathered and gathered["trust_remote_code"]),
+        trained=trained if run is not None else None,
     )
 
 
@@ -162,23 +172,34 @@ def _blocks(found: Mapping[str, Any], subject: Subject, figures: Sequence[Figure
     if found["proposal"]:
         yield Code(_command(subject, form, found["proposal"]))
     if found["sets"]:
-        yield Heading("What keeping layers in 16 bit buys")
-        yield Paragraph(
-            f"Everything quantised but these, on {found['n_samples']['sets']} samples other than those that chose "
-            "them. KL divergence from the 16-bit model, nats a token; differences are paired, 95% intervals in "
-            "brackets. Sizes are nominal: a 16-bit scale a group."
-        )
-        whole = found["all"]
-        rows = [("nothing", f"{whole['mib']:,.1f}", "", _nats(whole["kl"]), "", "")]
-        rows += [
-            (", ".join(each["skip"]), f"{each['mib']:,.1f}", f"{each['growth']:+.1%}", _nats(each["kl"]),
-             _nats(each["kl_change"], "+"), format_difference(each["loss_change"]))
-            for each in found["sets"]
-        ]  # fmt: skip
-        header = ("kept", "MiB", "growth", "KL [95%]", "change [95%]", "loss, change [95%]")
-        yield Table(header, rows, numeric=frozenset(range(1, 6)))
+        yield from _sets_section(found)
     if figures:
         yield Figures(figures)
+    yield from _groups_section(found)
+    if found["skipped"]:
+        yield Paragraph(f"Not quantised by {form['scheme']}, and not measured:")
+        yield Items([f"{name}: {reason}" for name, reason in found["skipped"].items()])
+
+
+def _sets_section(found: Mapping[str, Any]) -> Iterator[Block]:
+    yield Heading("What keeping layers in 16 bit buys")
+    yield Paragraph(
+        f"Everything quantised but these, on {found['n_samples']['sets']} samples other than those that chose the "
+        "groups. KL divergence from the 16-bit model, nats a token; differences are paired, 95% intervals in brackets. "
+        "A larger set is proposed only where its step from the one above it is shown. Sizes are nominal: a 16-bit "
+        "scale a group."
+    )
+    rows = [("nothing", f"{found['all']['mib']:,.1f}", "", _nats(found["all"]["kl"]), "", "", "")]
+    rows += [
+        (", ".join(each["skip"]), f"{each['mib']:,.1f}", f"{each['growth']:+.1%}", _nats(each["kl"]),
+         _nats(each["kl_change"], "+"), _nats(each["kl_step"], "+"), format_difference(each["loss_change"]))
+        for each in found["sets"]
+    ]  # fmt: skip
+    header = ("kept", "MiB", "growth", "KL [95%]", "change [95%]", "step [95%]", "loss, change [95%]")
+    yield Table(header, rows, numeric=frozenset(range(1, 7)))
+
+
+def _groups_section(found: Mapping[str, Any]) -> Iterator[Block]:
     yield Heading("Group by group")
     yield Paragraph(
         f"Each group quantised alone, the rest in 16 bit, on {found['n_samples']['groups']} samples of "
@@ -221,11 +242,16 @@ def _nats(interval: Mapping[str, float | None], sign: str = "") -> str:
 
 
 def _command(subject: Subject, form: Mapping[str, Any], proposal: Sequence[str]) -> str:
-    if subject.run:
+    """What makes the model with these layers in 16 bit, in the format that was scanned."""
+    if subject.trained is not None:
+        words = ["train", "--config", str(subject.model.parent / "config.yaml")]
+        if form["scheme"] != subject.trained.get("scheme"):
+            words += [f"--qat={form['scheme']}", "--quantize.scheme=null"]
+        for key in ("target", "group_size"):
+            if form[key] != subject.trained.get(key):
+                words.append(f"--quantize.{key}={'null' if form[key] is None else form[key]}")
         skip = json.dumps([*form["skip"], *proposal])
-        config = str(subject.model.parent / "config.yaml")
-        return shlex.join(["train", "--config", config, f"--quantize.skip={skip}", f"--run.name={subject.name}-skip"])
-    group = [] if form["group_size"] is None else ["--group-size", str(form["group_size"])]
-    return shlex.join(
-        ["quantize", "convert", str(subject.model), "--scheme", form["scheme"], *group, "--skip", *proposal]
-    )
+        return shlex.join([*words, f"--quantize.skip={skip}", f"--run.name={subject.name}-skip"])
+    words = ["quantize", "convert", str(subject.model), "--scheme", form["scheme"], "--target", form["target"]]
+    words += [] if form["group_size"] is None else ["--group-size", str(form["group_size"])]
+    return shlex.join([*words, "--skip", *proposal])

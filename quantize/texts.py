@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from quantize.errors import UserError
 from quantize.evaluate import Sample, read_samples
 
@@ -19,7 +21,8 @@ def load_samples(path: Path, tokenizer: Any, count: int) -> list[Sample]:
 
     Args:
         path: .parquet with input_ids and loss_mask, as a run's data/eval.parquet; .jsonl with a column text, messages,
-            or prompt and completion; or .txt. What is scored: the answer of prompt and completion, else every token.
+            or prompt and completion; or .txt. The last two of .jsonl are put into the tokenizer's chat template, where
+            it has one, and only the last answer is scored; of a text every token is.
 
     Raises:
         UserError: the file cannot be read as any of these, or holds no sample.
@@ -28,10 +31,10 @@ def load_samples(path: Path, tokenizer: Any, count: int) -> list[Sample]:
         raise UserError(f"--data {path}: there is no such file")
     try:
         if path.suffix == ".parquet":
-            samples = read_samples(path)[:count]
+            samples = [sample for sample in read_samples(path) if any(sample.loss_mask[1:])][:count]
         else:
             samples = _first(_tokenised(path, tokenizer), count)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, TemplateError) as error:
         raise UserError(f"--data {path}: {error}") from error
     if not samples:
         raise UserError(f"--data {path}: it holds no sample of two tokens or more")
@@ -59,10 +62,26 @@ def _row(row: Mapping[str, Any], number: int, tokenizer: Any) -> tuple[list[int]
     if "text" in row:
         return [], tokenizer.encode(row["text"])
     if "messages" in row:
-        return [], tokenizer.encode(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+        return _chat(row["messages"], tokenizer)
     if "prompt" in row and "completion" in row:
-        return tokenizer.encode(row["prompt"]), tokenizer.encode(row["completion"], add_special_tokens=False)
+        if getattr(tokenizer, "chat_template", None) is None:
+            return tokenizer.encode(row["prompt"]), tokenizer.encode(row["completion"], add_special_tokens=False)
+        turns = zip(("user", "assistant"), (row["prompt"], row["completion"]), strict=True)
+        return _chat([{"role": role, "content": content} for role, content in turns], tokenizer)
     raise ValueError(f"row {number} has neither text, messages, nor prompt and completion, but {', '.join(row)}")
+
+
+def _chat(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What comes before the last answer, and that answer with its end of turn; all is scored where none can be told."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("messages need a chat template, and this tokenizer has none")
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    before = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    if messages[-1]["role"] != "assistant" or not whole.startswith(before):
+        before = ""
+    parts = before, whole[len(before) :]
+    given, scored = (tokenizer.encode(part, add_special_tokens=False) if part else [] for part in parts)
+    return given, scored
 
 
 def _pieces(given: list[int], scored: list[int]) -> Iterator[Sample]:

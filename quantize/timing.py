@@ -63,9 +63,12 @@ class StepTimer:
     ) -> None:
         for handle in self._handles:
             handle.remove()
-        self._compile(False)
+        for layer in self._layers:
+            vars(layer).pop("forward", None)
         for rotary in self._rotary:
             rotary.restore()
+        if self.compiled:
+            torch._dynamo.reset()
 
     def decode_ms(self, batch: int, context: int) -> float:
         """Median milliseconds of a step: one token for each of `batch` sequences, the last of `context`."""
@@ -199,7 +202,7 @@ class _Remembered:
 
     def restore(self) -> None:
         """Gives the module its own back."""
-        self._module.forward = self._plain
+        del self._module.forward
 
 
 def _decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -105,7 +105,7 @@ def _finding(metrics: Metrics, first: str, second: str, name: str) -> Iterator[s
     if words and compared["mcnemar_p"] is not None and compared["mcnemar_p"] < 0.05:
         yield f"It has {words} {name}: {values}, McNemar p = {compared['mcnemar_p']:.2g}."
     else:
-        yield f"No difference in exact answers is shown against {name}: {values}."
+        yield f"No difference in exact answers is shown between {first} and {name}: {values}."
 
 
 def _words(interval: Mapping[str, float | None], below: str, above: str) -> str:

@@ -177,7 +177,7 @@ def measure(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dic
 
 
 def cost(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """What a checkpoint costs to run here. Keys: model, dtype, batches; optional trust_remote_code.
+    """What a checkpoint costs to run here. Keys: model, dtype, batches, compiled; optional trust_remote_code.
 
     Returns:
         that of `quantize.cost.measure_cost`, or {"failed": why}: no timing is worth a finished run.
@@ -186,12 +186,25 @@ def cost(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[s
 
     from quantize.cost import measure_cost
 
-    model, _ = _load({**job, "simulate": None})
     try:
-        return measure_cost(model, job["batches"])
+        model, _ = _load({**job, "simulate": None})
+        return measure_cost(model, job["batches"], compiled=job["compiled"])
     except Exception as error:  # out of memory at a large batch, an architecture that cannot be captured
         traceback.print_exc()  # into the log
-        return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")}
+        return _failed(error)
+
+
+def run_timings(run: Callable[[], list[Any]]) -> list[Any]:
+    """The results of cost jobs that `run` has done; a process that died at it is said as a failed job is."""
+    try:
+        return run()
+    except RuntimeError as error:
+        return [_failed(error)]
+
+
+def _failed(error: Exception) -> dict[str, str]:
+    text = str(error).splitlines()
+    return {"failed": ": ".join([type(error).__name__, *text[:1]])}
 
 
 def sensitivity(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:

@@ -118,7 +118,8 @@ class FakeQuantConfig(Section):
     """MiB for fake-quantised weights that are needed again: of frozen layers, of all from one batch to the next with
     gradient accumulation, and from forward to backward where all fit. 0 makes them anew each time."""
     min_coverage: float = Field(default=0.9, ge=0, le=1)
-    """Stop where a smaller share of the layers' linear weights can be quantised."""
+    """Stop where a smaller share of the layers' linear weights can be quantised; what `quantize.skip` keeps is not
+    counted."""
 
     @property
     def starts_at(self) -> int | float:

@@ -73,8 +73,11 @@ def prepare_data(config: DataConfig, tokenizer: Any, *, max_length: int, seed: i
     return Prepared(Dataset.from_list(kept), Dataset.from_list(held), print_of_all, statistics, example)
 
 
+PREPARED_FILES = ("train.parquet", "eval.parquet", "data.json")
+
+
 def save_prepared(prepared: Prepared, folder: Path) -> None:
-    """Writes train.parquet, eval.parquet and data.json; `load_prepared` reads them."""
+    """Writes `PREPARED_FILES`; `load_prepared` reads them."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

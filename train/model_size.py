@@ -6,6 +6,7 @@ Shapes: `O` out_features, `I` in_features of the linear layers inside the transf
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +181,8 @@ def _gguf_size(path: Path) -> ModelSize:
         raise UnknownSize(f"{path} cannot be read as GGUF: {error}") from error
     # GGUF lists dimensions innermost first: a linear's weight is (I, O), the embedding (hidden, vocabulary).
     hidden, vocabulary = next((shape for name, shape in tensors if name == "token_embd.weight"), (0, 0))
-    linears, parameters, blocks = [], 0, set()
+    linears: Counter[tuple[str, int, int]] = Counter()
+    parameters, blocks = 0, set()
     for name, shape in tensors:
         count = 1
         for n in shape:
@@ -191,7 +193,8 @@ def _gguf_size(path: Path) -> ModelSize:
             blocks.add(kind)
             if len(shape) == 2:
                 part = last.removesuffix(".weight")
-                linears.append(Linear(_GGUF_NAMES.get(part, part), shape[0], shape[1], 1))
+                linears[_GGUF_NAMES.get(part, part), shape[0], shape[1]] += 1
     if not hidden or not linears:
         raise UnknownSize(f"{path} holds no transformer layers that this estimate knows")
-    return ModelSize(parameters, tuple(linears), len(blocks), hidden, vocabulary, f"the header of {path.name}")
+    found = tuple(Linear(*shape, count=count) for shape, count in linears.items())
+    return ModelSize(parameters, found, len(blocks), hidden, vocabulary, f"the header of {path.name}")

@@ -71,6 +71,7 @@ def resume(run: str, overrides: Sequence[str] = (), *, argv: Sequence[str] = (),
 
 
 def _run_in(directory: RunDir, config: RunConfig, argv: Sequence[str], sinks: Sequence[Sink] | None) -> RunResult:
+    from train.evaluations import Evaluations
     from train.signals import StopRequest
     from train.stages import Stages
     from train.tracking import open_sinks
@@ -82,19 +83,20 @@ def _run_in(directory: RunDir, config: RunConfig, argv: Sequence[str], sinks: Se
     ):
         stages = Stages(config, directory, events, stop)
         stages.begin(list(argv))
+        measure = Evaluations(stages)
         backend = stages.backend()
         model = stages.model()
         data = stages.data(model)
-        stages.tasks(model)
-        baseline = stages.baseline(model, data)
+        tasks = measure.tasks(model)
+        baseline = measure.baseline(model, data)
         control = stages.control(backend, model, data)
         tuned = stages.tuned(backend, model, data, control)
-        arms = stages.arms(data, control, tuned)
+        arms = measure.arms(data, control, tuned)
         shipped = stages.quantise(tuned)
-        final = stages.final(data, arms, control, tuned, shipped)
-        cost = stages.cost(tuned, shipped)
-        stages.benchmarks(control, tuned, shipped)
-        metrics, report = stages.report(baseline, control, arms, tuned, shipped, final, cost)
+        final = measure.final(data, arms, control, tuned, shipped)
+        cost = measure.cost(tuned, shipped)
+        measure.benchmarks(control, tuned, shipped)
+        metrics, report = stages.report(tasks, baseline, control, arms, tuned, shipped, final, cost)
         events.emit(Event("run_finished", {"path": str(directory.path)}))
         return RunResult(directory.path, metrics, report)
 

@@ -268,11 +268,14 @@ def coverage_obstacles(config: RunConfig, size: ModelSize) -> Iterator[str]:
         )
 
 
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
+
+
 def _kept(config: RunConfig, linear: Linear) -> int:
     """How many of a kind's layers `quantize.skip` keeps in 16 bit, by the names that most models have."""
-    asked = config.quantize.skip
-    names = ([f"model.layers.{n}.{part}.{linear.name}" for part in ("self_attn", "mlp")] for n in range(linear.count))
-    return sum(any(is_kept(name, asked) for name in pair) for pair in names)
+    part = "self_attn" if linear.name in _ATTENTION else "mlp"
+    names = (f"model.layers.{number}.{part}.{linear.name}" for number in range(linear.count))
+    return sum(is_kept(name, config.quantize.skip) for name in names)
 
 
 def _trained(config: RunConfig, size: ModelSize) -> int:

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 def refuse_low_coverage(coverage: Coverage, scheme: Scheme, least: float) -> None:
     """Raises UserError, with the layers and why they are left out, where too few weights would be quantised."""
     share = coverage.reached_fraction
-    if share < least or not coverage.layers:
+    if not coverage.layers:
+        reasons = "; ".join(sorted(set(coverage.skipped.values()))) or "it has no linear layer"
+        raise UserError(f"{scheme.name} reaches no layer of this model: {reasons}")
+    if share < least:
         left = {name: reason for name, reason in coverage.skipped.items() if name.rsplit(".", 1)[-1] not in scheme.skip}
         first = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""

@@ -71,10 +71,11 @@ class StageLog:
         """The result of a step: that of an earlier attempt with the same key, else of `work`.
 
         Args:
-            makes: what the step leaves on disk; where some of it is gone, the step is done anew.
+            makes: what the step leaves on disk; where some of it is gone, the step is done anew. So it is where its
+                result says that it `failed`.
         """
         done = self.directory.stage_done(name, key)
-        if done is not None and all(path.exists() for path in makes):
+        if done is not None and not done.get("failed") and all(path.exists() for path in makes):
             self.events.emit(Event("stage_skipped", {"stage": name}))
             return done
         self.events.emit(Event("stage_started", {"stage": name}))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.finish import GATHERED_VERSION, copy_atomically
-from quantize.gate import check_gap
-from quantize.jobs import Job, Jobs, task_rows_path
-from quantize.numerics import VERSION
+from quantize.finish import GATHERED_VERSION
+from quantize.jobs import Jobs
 from quantize.schemes import find_scheme
 from train.events import Event, Sinks
 from train.stage_log import Format, StageLog, Tuned, fingerprint_of
@@ -35,7 +32,7 @@ class Stages:
         self.format: Format | None = None
         self.dtype = self.merged_dtype = "float32"
         self.jobs: Jobs
-        self.model_key = self.data_key = self.task_key = ""
+        self.model_key = self.data_key = ""
 
     # ------------------------------------------------------------------ preparation
 
@@ -66,7 +63,7 @@ class Stages:
             run=self.directory.path,
             format=None if self.format is None else self.format.job(),
             dtype=self.merged_dtype,
-            plain_dtype=self._plain_dtype,
+            plain_dtype=self.plain_dtype,
             batch_size=config.eval.batch_size,
             trust_remote_code=config.model.trust_remote_code,
             inside=config.qat is not None and config.fake_quant.placement == "inside",
@@ -102,9 +99,9 @@ class Stages:
         from train.refusals import refuse_low_coverage, refuse_misplaced_adapters
 
         shape = inspect_model(folder, trust_remote_code=self.config.model.trust_remote_code)
-        if self.config.qat is not None and self.format is not None:
-            coverage = self.format.select(shape)
-            refuse_low_coverage(coverage, self.format.scheme, self.config.fake_quant.min_coverage)
+        if self.format is not None:
+            least = self.config.fake_quant.min_coverage if self.config.qat is not None else 0.0
+            refuse_low_coverage(self.format.select(shape), self.format.scheme, least)
         if self.config.lora is not None:
             refuse_misplaced_adapters(shape, self.config)
 
@@ -122,7 +119,7 @@ class Stages:
 
     def data(self, model: LocalModel) -> Prepared:
         """Tokenised, split and fingerprinted data; one mask-coloured example is shown."""
-        from train.data import load_prepared, prepare_data, save_prepared
+        from train.data import PREPARED_FILES, load_prepared, prepare_data, save_prepared
 
         config = self.config
         key = fingerprint_of(self.model_key, config.data.model_dump(), config.train.max_length, config.run.seed)
@@ -135,77 +132,12 @@ class Stages:
             save_prepared(prepared, folder)
             return {"fingerprint": prepared.fingerprint, "statistics": prepared.statistics}
 
-        result = self.log.run("data", key, work, makes=[self.jobs.samples])
+        result = self.log.run("data", key, work, makes=[folder / name for name in PREPARED_FILES])
         prepared = load_prepared(folder)
         self.data_key = result["fingerprint"]
         self.directory.update_manifest(data_fingerprint=self.data_key, data=result["statistics"])
         self.events.emit(Event("message", {"text": prepared.example, "title": "one training example", "markup": True}))
         return prepared
-
-    # ------------------------------------------------------------------ evaluation
-
-    def tasks(self, model: LocalModel) -> dict[str, Any]:
-        """Loads the benchmarks, so that one that cannot be loaded ends the run before anything is trained."""
-        if self.jobs.tasks is None:
-            return {}
-        from quantize.tasks import definition_key
-
-        job = self.jobs.check_tasks(model.folder)
-        key = fingerprint_of(self.model_key, job, definition_key(self.config.eval.tasks))
-        found = self.log.run("tasks", key, lambda: self.log.jobs("tasks", [job])[0])
-        self.task_key = found["fingerprint"]
-        return found
-
-    def baseline(self, model: LocalModel, data: Prepared) -> dict[str, Any]:
-        """The model before fine-tuning, and quantised as it is; kept across runs."""
-        manifest = self.directory.read_json("manifest.json")
-        computed_by = [
-            manifest["device"],
-            *(manifest["packages"][name] for name in ("torch", "torchao", "transformers")),
-        ]
-        settings = [self.merged_dtype, self._plain_dtype, self.config.eval.batch_size, computed_by, VERSION]
-        key = fingerprint_of(self.model_key, self.data_key, self._format_key(), settings, "parquet")
-        store = self.cache / "baseline" / key
-        jobs = [self.jobs.evaluate("base", model.folder, folder=store)]
-        if self.format is not None:
-            jobs.append(self.jobs.simulate("base_quantized", model.folder, folder=store))
-
-        def work() -> dict[str, Any]:
-            kept = [store / "result.json", *(Path(job["scores"]) for job in jobs)]
-            if not (self.config.eval.baseline_cache and all(path.is_file() for path in kept)):
-                results = self.log.jobs("baseline", jobs)
-                memory = {job["name"]: result["memory_bytes"] for job, result in zip(jobs, results, strict=True)}
-                (store / "result.json").write_text(json.dumps({"memory_bytes": memory}), encoding="utf-8")
-            for job in jobs:
-                copy_atomically(Path(job["scores"]), self.jobs.scores(job["name"]))
-            stored: dict[str, Any] = json.loads((store / "result.json").read_text(encoding="utf-8"))
-            return stored | {"disk_bytes": _weights_bytes(model.folder)}
-
-        result = self.log.run("baseline", key, work, makes=[self.jobs.scores(job["name"]) for job in jobs])
-        for job in jobs:
-            self._benchmark(job, key, store / self.task_key)
-        return result
-
-    def arms(self, data: Prepared, control: Tuned | None, tuned: Tuned) -> dict[str, Any]:
-        """control, ptq (the control quantised), tuned, and this run's merged weights fake-quantised."""
-        computed = [self._plain_dtype, self.format is not None and self.format.simulated]
-        key = fingerprint_of(self.data_key, self._format_key(), computed, control and control.result, tuned.result)
-
-        jobs = [self.jobs.evaluate("tuned", tuned.merged)]
-        if self.format is not None:
-            # Its KL divergence stands in for that of the shipped model only where that one cannot run.
-            reference = (control or tuned).merged if self.format.simulated else None
-            jobs.append(self.jobs.simulate("fake", tuned.merged, trained=True, reference=reference))
-        if control is not None:
-            jobs.append(self.jobs.evaluate("control", control.merged))
-            if self.format is not None:
-                jobs.append(self.jobs.simulate("ptq", control.merged, reference=control.merged))
-
-        def work() -> dict[str, Any]:
-            results = self.log.jobs("arms", jobs)
-            return {job["name"]: result for job, result in zip(jobs, results, strict=True)}
-
-        return self.log.run("arms", key, work, makes=[Path(job["scores"]) for job in jobs])
 
     # ------------------------------------------------------------------ fine-tuning
 
@@ -247,7 +179,7 @@ class Stages:
         config = self.config.for_qat() if plan else self.config
         training = [config.lora and config.lora.model_dump(), config.train.model_dump(), config.data.packing]
         key = fingerprint_of(self.model_key, self.data_key, training, config.run.seed, self.dtype, self.merged_dtype)
-        key = fingerprint_of(key, config.model.backend, plan and [self._format_key(), config.fake_quant.model_dump()])
+        key = fingerprint_of(key, config.model.backend, plan and [self.format_key(), config.fake_quant.model_dump()])
         if control is not None and "control" in (config.fake_quant.initial, config.fake_quant.teacher):
             key = fingerprint_of(key, control.result)
         tuning = Tuning(
@@ -266,8 +198,10 @@ class Stages:
         def train() -> dict[str, Any]:
             return tuning.train(self.tokenizer(model.folder), self._step(arm), self.stop)
 
-        trained = self.log.run(f"fit-{arm}", key, train, makes=[tuning.adapter])
         folders = [tuning.merged, *([self.directory.path / "grid"] if plan and self.jobs.inside else [])]
+        # The adapter is read once more only where the merged weights are made.
+        needed = [] if all(folder.exists() for folder in folders) else [tuning.adapter]
+        trained = self.log.run(f"fit-{arm}", key, train, makes=needed)
         result = self.log.run(f"merge-{arm}", key, lambda: tuning.merge(self.jobs.samples) | trained, makes=folders)
         tuning.free()
         return Tuned(tuning.merged, result)
@@ -278,74 +212,13 @@ class Stages:
         """Real quantisation of the merged weights, in a fresh process; not where this machine cannot run the target."""
         if self.format is None or self.format.simulated:
             return {}
-        key = fingerprint_of(self.data_key, self._format_key(), tuned.result, self.merged_dtype)
+        key = fingerprint_of(self.data_key, self.format_key(), tuned.result, self.merged_dtype)
         jobs = [self.jobs.convert(tuned.merged)]
         return self.log.run("quantise", key, lambda: self.log.jobs("quantise", jobs)[0], makes=[self.jobs.shipped])
 
-    def final(
-        self, data: Prepared, arms: dict[str, Any], control: Tuned | None, tuned: Tuned, shipped: dict[str, Any]
-    ) -> dict[str, Any]:
-        """What ships, reloaded from disk in a fresh process, and the proof that it is what was trained."""
-        if self.format is None:
-            return {}
-        upstream = [tuned.result, shipped, control and control.result]
-        key = fingerprint_of(self.data_key, self._format_key(), *upstream)
-
-        def work() -> dict[str, Any]:
-            layers = self.jobs.layers(tuned.merged, simulated=not shipped)
-            if not shipped:
-                copy_atomically(self.jobs.scores("fake"), self.jobs.scores("final"))
-                return {**arms["fake"], "layers": self.log.jobs("layers", [layers])[0]}
-            job = self.jobs.evaluate("final", self.jobs.shipped, reference=(control or tuned).merged)
-            scored, measured = self.log.jobs("final", [job, layers])
-            if self.jobs.inside and self.format is not None:
-                gap = arms["fake"]["loss"] - scored["loss"]
-                check_gap(gap, self.format.scheme, self.format.target, lambda: self._worst_layers(tuned))
-            return {**scored, "layers": measured}
-
-        return self.log.run("final", key, work, makes=[self.jobs.scores("final")])
-
-    def cost(self, tuned: Tuned, shipped: dict[str, Any]) -> dict[str, Any]:
-        """What 16 bit and what ships cost to run here, one after the other in one process."""
-        batches = self.config.eval.cost_batches
-        if not shipped or not batches:
-            return {}
-        key = fingerprint_of(tuned.result, shipped, batches)
-        return self.log.run("cost", key, lambda: {"measured": self.log.jobs("cost", self.jobs.cost(tuned.merged))})
-
-    def benchmarks(self, control: Tuned | None, tuned: Tuned, shipped: dict[str, Any]) -> None:
-        """The tasks on every arm that was trained, each a step of its own: it may take hours."""
-        upstream = [self._format_key(), self._plain_dtype]
-        jobs = [(self.jobs.evaluate("tuned", tuned.merged), tuned.result)]
-        if control is not None:
-            jobs.append((self.jobs.evaluate("control", control.merged), control.result))
-            if self.format is not None:
-                jobs.append((self.jobs.simulate("ptq", control.merged), control.result))
-        if self.format is not None and shipped:
-            jobs.append((self.jobs.evaluate("final", self.jobs.shipped), shipped))
-        elif self.format is not None:
-            jobs.append((self.jobs.simulate("final", tuned.merged, trained=True), tuned.result))
-        for job, made in jobs:
-            self._benchmark(job, fingerprint_of(upstream, tuned.result, made))
-
-    def _benchmark(self, job: Job, key: str, store: Path | None = None) -> None:
-        """Runs the tasks on one arm; results in `store` are shared by the runs of one root."""
-        if not self.task_key:
-            return
-        rows = task_rows_path(self.directory.path, job["name"])
-        kept = rows if store is None else store / rows.name
-
-        def work() -> dict[str, Any]:
-            if store is None or not (self.config.eval.baseline_cache and kept.is_file()):
-                self.log.jobs(f"tasks-{job['name']}", [self.jobs.benchmark(job, kept)])
-            if store is not None:
-                copy_atomically(kept, rows)
-            return {}
-
-        self.log.run(f"tasks-{job['name']}", fingerprint_of(key, self.task_key), work, makes=[rows])
-
     def report(
         self,
+        tasks: dict[str, Any],
         baseline: dict[str, Any],
         control: Tuned | None,
         arms: dict[str, Any],
@@ -380,7 +253,7 @@ class Stages:
             "batch_size": self.config.eval.batch_size,
             **self.jobs.task_settings(),
             "version": GATHERED_VERSION,
-            "task_key": self.task_key,
+            "task_key": tasks.get("fingerprint", ""),
             "cost_batches": self.config.eval.cost_batches,
             "baseline": baseline,
             "arms": arms,
@@ -398,10 +271,6 @@ class Stages:
 
     # ------------------------------------------------------------------ helpers
 
-    def _worst_layers(self, tuned: Tuned) -> list[tuple[str, float]]:
-        found: list[tuple[str, float]] = self.log.jobs("compare", [self.jobs.compare(tuned.merged)])[0]
-        return found
-
     def _step(self, arm: str) -> Callable[[int, int, dict[str, float]], None]:
         def report(step: int, total: int, numbers: dict[str, float]) -> None:
             self.events.emit(Event("step", {"arm": arm, "step": step, **numbers}))
@@ -411,7 +280,7 @@ class Stages:
         return report
 
     @property
-    def _plain_dtype(self) -> str:
+    def plain_dtype(self) -> str:
         """What the plain graph computes in: the dtype that ships.
 
         Where the target cannot run, and training is in fp32 as on a CPU, where bf16 arithmetic is emulated and slow,
@@ -420,9 +289,9 @@ class Stages:
         simulated = self.format is not None and self.format.simulated
         return "float32" if simulated and self.dtype == "float32" else self.merged_dtype
 
-    def _format_key(self) -> Any:
-        return None if self.format is None else self.format.job()
-
-
-def _weights_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    def format_key(self) -> Any:
+        """What of the format decides results."""
+        if self.format is None:
+            return None
+        job = self.format.job()
+        return job if job["skip"] else {key: value for key, value in job.items() if key != "skip"}

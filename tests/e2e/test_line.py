@@ -117,15 +117,22 @@ def test_a_timing_that_fails_costs_its_section_not_the_report(finished: Path, tm
     from quantize import cost, worker
     from quantize.finish import write_report
 
-    def fails(model: Any, batches: Any) -> Any:
+    def fails(model: Any, batches: Any, compiled: bool) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 TiB\nand more")
 
     monkeypatch.setattr(cost, "measure_cost", fails)
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    job = {"model": str(run / "merged"), "dtype": "float32", "batches": [1]}
+    job = {"model": str(run / "merged"), "dtype": "float32", "batches": [1], "compiled": True}
     measured = worker.cost(job, lambda done, total: None)
     assert measured == {"failed": "OutOfMemoryError: CUDA out of memory. Tried to allocate 3 TiB"}
+    gone = worker.cost(job | {"model": str(run / "gone")}, lambda done, total: None)
+    assert gone["failed"].startswith("OSError: ")
+
+    def dies() -> Any:
+        raise RuntimeError("the evaluation process failed with exit code -9; its log is cost.request.log:\nKilled")
+
+    assert worker.run_timings(dies)[0]["failed"].endswith("its log is cost.request.log:")
     gathered = json.loads((run / "gathered.json").read_text()) | {"cost_batches": [1], "cost": [measured, measured]}
     metrics, text = write_report(run, gathered)
     assert metrics["cost"]["ratio"] is None and "Tried to allocate 3 TiB" in metrics["why"]["cost"]

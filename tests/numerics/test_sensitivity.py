@@ -53,11 +53,11 @@ def test_a_groups_numbers_are_those_of_the_model_with_that_group_quantised() -> 
         variant = copy.deepcopy(model)
         for layer in row["layers"]:
             variant.set_submodule(layer, quantised.get_submodule(layer))
-        scores = evaluate_model(variant, _samples()[::2], batch_size=4, reference=model)
+        scores = evaluate_model(variant, _samples()[:12], batch_size=4, reference=model)
         assert row["kl"]["value"] == scores.kl_per_token
-        before = evaluate_model(model, _samples()[::2], batch_size=4)
+        before = evaluate_model(model, _samples()[:12], batch_size=4)
         assert row["loss"]["value"] == pytest.approx(scores.loss - before.loss, abs=1e-12)
-    whole = evaluate_model(quantised, _samples()[1::2], batch_size=4, reference=model)
+    whole = evaluate_model(quantised, _samples()[12:], batch_size=4, reference=model)
     assert found["all"]["kl"]["value"] == whole.kl_per_token
 
 
@@ -67,9 +67,10 @@ def test_the_layer_that_hurts_is_proposed_and_what_that_buys_is_measured() -> No
     assert worst["layers"] == [BROKEN] and found["sets"][0]["skip"] == [BROKEN] and BROKEN in found["proposal"]
     kept = copy.deepcopy(quantised)
     kept.set_submodule(BROKEN, model.get_submodule(BROKEN))
-    scores = evaluate_model(kept, _samples()[1::2], batch_size=4, reference=model)
+    scores = evaluate_model(kept, _samples()[12:], batch_size=4, reference=model)
     assert found["sets"][0]["kl"]["value"] == scores.kl_per_token
     change = found["sets"][0]["kl_change"]
+    assert change == found["sets"][0]["kl_step"]
     assert change["value"] == pytest.approx(scores.kl_per_token - found["all"]["kl"]["value"]) and change["high"] < 0
     assert all(0 < each["growth"] <= 0.2 for each in found["sets"])
     json.dumps(found, allow_nan=False)
@@ -77,9 +78,12 @@ def test_the_layer_that_hurts_is_proposed_and_what_that_buys_is_measured() -> No
 
 def test_nothing_is_proposed_where_nothing_fits_or_helps() -> None:
     assert _scan(growth=1e-6)[2]["sets"] == []
-    no_gain = {"skip": ["a"], "kl": {"value": 0.1}, "kl_change": {"value": -0.01, "low": -0.03, "high": 0.01}}
-    unknown = {"skip": ["b"], "kl": {"value": 0.0}, "kl_change": {"value": -0.1, "low": None, "high": None}}
-    assert propose([no_gain, unknown]) == []
+    gain, no_gain, unknown = (
+        {"skip": [name], "kl_step": {"value": -0.1, "low": -0.3, "high": high}}
+        for name, high in (("gain", -0.01), ("none", 0.01), ("unknown", None))
+    )
+    assert propose([no_gain, gain]) == propose([unknown, gain]) == propose([]) == []
+    assert propose([gain, no_gain, gain]) == ["gain"]
 
 
 def test_an_embedding_is_measured_and_never_proposed() -> None:
@@ -88,6 +92,10 @@ def test_an_embedding_is_measured_and_never_proposed() -> None:
     assert row["name"] == "model.embed_tokens" and row["kl"]["value"] > 0
     assert not any("model.embed_tokens" in each["skip"] for each in found["sets"])
     assert model.lm_head.weight is model.model.embed_tokens.weight  # still tied
+    linears = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    norms = sum(parameter.numel() for name, parameter in model.named_parameters() if "norm" in name)
+    words = model.model.embed_tokens.weight.numel()
+    assert found["all"]["mib"] == (4.5 * linears + 8 * words + 16 * norms) / 8 / 2**20  # lm_head among the linears
 
 
 def test_groups_carry_names_that_skip_understands() -> None:
@@ -114,7 +122,7 @@ def test_numbers_that_are_not_finite_are_an_error_with_the_groups_name() -> None
     model, quantised = tiny_model(), tiny_model()
     scheme = find_scheme("int8-int4")
     quantised.get_submodule(BROKEN).weight.data.fill_(float("nan"))
-    with pytest.raises(UserError, match="with all quantised the model gives numbers that are not finite"):
+    with pytest.raises(UserError, match="the model with all quantised gives numbers that are not finite"):
         scan_model(
             model, quantised, scheme, 32, select_layers(model, scheme, 32), _samples(),
             ways=("kind",), growth=0.1, batch_size=4, progress=lambda done, total: None,
@@ -125,11 +133,18 @@ def test_numbers_that_are_not_finite_are_an_error_with_the_groups_name() -> None
 class _Tokenizer:
     """A token a character."""
 
+    chat_template: str | None = "<role>content"
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return ([1] if add_special_tokens else []) + [ord(character) for character in text]
 
-    def apply_chat_template(self, messages: Any, tokenize: bool) -> str:
-        return "".join(f"<{message['role']}>{message['content']}" for message in messages)
+    def apply_chat_template(self, messages: Any, tokenize: bool, add_generation_prompt: bool = False) -> str:
+        text = "".join(f"<{message['role']}>{message['content']};" for message in messages)
+        return text + ("<assistant>" if add_generation_prompt else "")
+
+
+def _text(tokens: Any, mask: Any = None) -> str:
+    return "".join(chr(token) for token, kept in zip(tokens, mask or [1] * len(tokens), strict=True) if kept)
 
 
 def test_texts_become_samples(tmp_path: Any) -> None:
@@ -137,17 +152,40 @@ def test_texts_become_samples(tmp_path: Any) -> None:
         {"text": "ab"},
         {"prompt": "q" * 600, "completion": "yes"},
         {"messages": [{"role": "user", "content": "hi"}]},
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
         {"text": ""},
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    first, second, third = load_samples(path, _Tokenizer(), 10)
+    first, second, third, fourth = load_samples(path, _Tokenizer(), 10)
     assert first == Sample([1, 97, 98], [1, 1, 1])
-    assert len(second.input_ids) == 259 and second.loss_mask == [0] * 256 + [1] * 3
-    assert bytes(second.input_ids[-3:]).decode() == "yes" and bytes(third.input_ids[1:]).decode() == "<user>hi"
+    assert len(second.input_ids) == 256 + 4 and second.loss_mask == [0] * 256 + [1] * 4
+    assert _text(second.input_ids).endswith("qqq;<assistant>yes;")
+    assert _text(third.input_ids) == "<user>hi;" and all(third.loss_mask)  # as the template gives it, nothing added
+    assert _text(fourth.input_ids) == "<user>hi;<assistant>yo;" and _text(fourth.input_ids, fourth.loss_mask) == "yo;"
     text = tmp_path / "long.txt"
     text.write_text("x" * 1500)
     assert [len(sample.input_ids) for sample in load_samples(text, _Tokenizer(), 2)] == [512, 512]
+
+
+def test_a_tokenizer_without_a_template_takes_pairs_as_they_are(tmp_path: Any) -> None:
+    tokenizer = _Tokenizer()
+    tokenizer.chat_template = None
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "completion": "c"}))
+    assert load_samples(path, tokenizer, 10) == [Sample([1, 112, 99], [0, 0, 1])]
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
+    with pytest.raises(UserError, match="messages need a chat template, and this tokenizer has none"):
+        load_samples(path, tokenizer, 10)
+
+
+def test_a_format_that_reaches_nothing_is_refused() -> None:
+    model, scheme = tiny_model(), find_scheme("int8-int4")
+    with pytest.raises(UserError, match="int8-int4 reaches no layer of this model: group size 256 does not divide"):
+        scan_model(
+            model, model, scheme, 256, select_layers(model, scheme, 256), _samples(),
+            ways=("kind",), growth=0.1, batch_size=4, progress=lambda done, total: None,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

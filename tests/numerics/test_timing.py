@@ -50,6 +50,7 @@ def test_a_prefill_computes_the_models_logits_and_leaves_it_as_it_was(architectu
         found = timer.prefill(2, TOKENS)()
         ids = timer._random_ids(2, TOKENS)
     torch.testing.assert_close(found, model(input_ids=ids, use_cache=False).logits[:, -1:], rtol=1e-4, atol=5e-5)
+    assert not any("forward" in vars(module) for module in model.modules())
     other = ids[:, : TOKENS // 2]  # other positions, other masks
     assert torch.equal(model(input_ids=other).logits, tiny_model(architecture)(input_ids=other).logits)
 

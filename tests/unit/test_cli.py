@@ -304,6 +304,22 @@ class TestEstimate:
         assert plain.linear_weights == fused.linear_weights
         assert {line.name for line in fused.linears} == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
 
+    @pytest.mark.parametrize("config", ["tiny.yaml", "quickstart.yaml"])  # a shape, and the header of a GGUF
+    def test_what_is_kept_in_16_bit_is_counted(self, config: str) -> None:
+        def quantised(skip: str) -> int:
+            asked = load_config(config, ["--qat=int8-int4", f"--quantize.skip={skip}"])
+            return estimate(asked).disk["quantized (at most)"]
+
+        size = find_size(load_config(config, ["--qat=int8-int4"]).model)
+        per_layer = {line.name: line.inputs * line.outputs for line in size.linears}
+        block, attention = sum(per_layer.values()), sum(per_layer[f"{name}_proj"] for name in "qkvo")
+        wide = 4 - 1  # bytes, in float32 here and as Intx stores it
+        assert quantised('["model.layers.0"]') - quantised("[]") == wide * block
+        assert quantised('["*.self_attn"]') - quantised("[]") == wide * attention * size.layers
+        assert quantised('["down_proj","*.1.*"]') - quantised("[]") == wide * (
+            per_layer["down_proj"] * (size.layers - 1) + block
+        )
+
     def test_a_config_that_says_too_little(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
         config = load_config("tiny.yaml", ["--model.random=None", f"--model.id={tmp_path}"])

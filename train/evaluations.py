@@ -1,0 +1,165 @@
+"""What is measured along the line: every arm on the same held-out samples and tasks, its layers, and what it costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize.finish import copy_atomically
+from quantize.gate import check_gap
+from quantize.jobs import Job, task_rows_path
+from quantize.numerics import VERSION
+from quantize.worker import run_timings
+from train.stage_log import Tuned, fingerprint_of
+
+if TYPE_CHECKING:
+    from train.data import Prepared
+    from train.models import LocalModel
+    from train.stages import Stages
+
+
+class Evaluations:
+    """The steps of one run that measure, once `Stages.begin` has settled its format."""
+
+    def __init__(self, stages: Stages) -> None:
+        self.stages, self.config = stages, stages.config
+        self.format, self.jobs, self.log = stages.format, stages.jobs, stages.log
+        self.task_key = ""
+
+    def tasks(self, model: LocalModel) -> dict[str, Any]:
+        """Loads the benchmarks, so that one that cannot be loaded ends the run before anything is trained."""
+        if self.jobs.tasks is None:
+            return {}
+        from quantize.tasks import definition_key
+
+        job = self.jobs.check_tasks(model.folder)
+        key = fingerprint_of(self.stages.model_key, job, definition_key(self.config.eval.tasks))
+        found = self.log.run("tasks", key, lambda: self.log.jobs("tasks", [job])[0])
+        self.task_key = found["fingerprint"]
+        return found
+
+    def baseline(self, model: LocalModel, data: Prepared) -> dict[str, Any]:
+        """The model before fine-tuning, and quantised as it is; kept across runs."""
+        from quantize.convert import folder_bytes
+
+        manifest = self.stages.directory.read_json("manifest.json")
+        computed_by = [
+            manifest["device"],
+            *(manifest["packages"][name] for name in ("torch", "torchao", "transformers")),
+        ]
+        dtypes = [self.stages.merged_dtype, self.stages.plain_dtype]
+        settings = [*dtypes, self.config.eval.batch_size, computed_by, VERSION]
+        key = fingerprint_of(self.stages.model_key, self.stages.data_key, self.stages.format_key(), settings, "parquet")
+        store = self.stages.cache / "baseline" / key
+        jobs = [self.jobs.evaluate("base", model.folder, folder=store)]
+        if self.format is not None:
+            jobs.append(self.jobs.simulate("base_quantized", model.folder, folder=store))
+
+        def work() -> dict[str, Any]:
+            kept = [store / "result.json", *(Path(job["scores"]) for job in jobs)]
+            if not (self.config.eval.baseline_cache and all(path.is_file() for path in kept)):
+                results = self.log.jobs("baseline", jobs)
+                memory = {job["name"]: result["memory_bytes"] for job, result in zip(jobs, results, strict=True)}
+                (store / "result.json").write_text(json.dumps({"memory_bytes": memory}), encoding="utf-8")
+            for job in jobs:
+                copy_atomically(Path(job["scores"]), self.jobs.scores(job["name"]))
+            stored: dict[str, Any] = json.loads((store / "result.json").read_text(encoding="utf-8"))
+            return stored | {"disk_bytes": folder_bytes(model.folder)}
+
+        result = self.log.run("baseline", key, work, makes=[self.jobs.scores(job["name"]) for job in jobs])
+        for job in jobs:
+            self._benchmark(job, key, store / self.task_key)
+        return result
+
+    def arms(self, data: Prepared, control: Tuned | None, tuned: Tuned) -> dict[str, Any]:
+        """control, ptq (the control quantised), tuned, and this run's merged weights fake-quantised."""
+        computed = [self.stages.plain_dtype, self.format is not None and self.format.simulated]
+        upstream = [computed, control and control.result, tuned.result]
+        key = fingerprint_of(self.stages.data_key, self.stages.format_key(), *upstream)
+        jobs = [self.jobs.evaluate("tuned", tuned.merged)]
+        if self.format is not None:
+            # Its KL divergence stands in for that of the shipped model only where that one cannot run.
+            reference = (control or tuned).merged if self.format.simulated else None
+            jobs.append(self.jobs.simulate("fake", tuned.merged, trained=True, reference=reference))
+        if control is not None:
+            jobs.append(self.jobs.evaluate("control", control.merged))
+            if self.format is not None:
+                jobs.append(self.jobs.simulate("ptq", control.merged, reference=control.merged))
+
+        def work() -> dict[str, Any]:
+            results = self.log.jobs("arms", jobs)
+            return {job["name"]: result for job, result in zip(jobs, results, strict=True)}
+
+        return self.log.run("arms", key, work, makes=[Path(job["scores"]) for job in jobs])
+
+    def final(
+        self, data: Prepared, arms: dict[str, Any], control: Tuned | None, tuned: Tuned, shipped: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What ships, reloaded from disk in a fresh process, and the proof that it is what was trained."""
+        if self.format is None:
+            return {}
+        upstream = [tuned.result, shipped, control and control.result]
+        key = fingerprint_of(self.stages.data_key, self.stages.format_key(), *upstream)
+
+        def work() -> dict[str, Any]:
+            layers = self.jobs.layers(tuned.merged, simulated=not shipped)
+            if not shipped:
+                copy_atomically(self.jobs.scores("fake"), self.jobs.scores("final"))
+                return {**arms["fake"], "layers": self.log.jobs("layers", [layers])[0]}
+            job = self.jobs.evaluate("final", self.jobs.shipped, reference=(control or tuned).merged)
+            scored, measured = self.log.jobs("final", [job, layers])
+            if self.jobs.inside and self.format is not None:
+                gap = arms["fake"]["loss"] - scored["loss"]
+                check_gap(gap, self.format.scheme, self.format.target, lambda: self._worst_layers(tuned))
+            return {**scored, "layers": measured}
+
+        return self.log.run("final", key, work, makes=[self.jobs.scores("final")])
+
+    def cost(self, tuned: Tuned, shipped: dict[str, Any]) -> dict[str, Any]:
+        """What 16 bit and what ships cost to run here, one after the other in one process."""
+        batches = self.config.eval.cost_batches
+        if not shipped or not batches:
+            return {}
+        from quantize.cost import METHOD
+
+        def work() -> dict[str, Any]:
+            measured = run_timings(lambda: self.log.jobs("cost", self.jobs.cost(tuned.merged)))
+            return {"measured": measured, "failed": any("failed" in found for found in measured)}
+
+        return self.log.run("cost", fingerprint_of(tuned.result, shipped, batches, METHOD), work)
+
+    def benchmarks(self, control: Tuned | None, tuned: Tuned, shipped: dict[str, Any]) -> None:
+        """The tasks on every arm that was trained, each a step of its own: it may take hours."""
+        upstream = [self.stages.format_key(), self.stages.plain_dtype]
+        jobs = [(self.jobs.evaluate("tuned", tuned.merged), tuned.result)]
+        if control is not None:
+            jobs.append((self.jobs.evaluate("control", control.merged), control.result))
+            if self.format is not None:
+                jobs.append((self.jobs.simulate("ptq", control.merged), control.result))
+        if self.format is not None and shipped:
+            jobs.append((self.jobs.evaluate("final", self.jobs.shipped), shipped))
+        elif self.format is not None:
+            jobs.append((self.jobs.simulate("final", tuned.merged, trained=True), tuned.result))
+        for job, made in jobs:
+            self._benchmark(job, fingerprint_of(upstream, tuned.result, made))
+
+    def _benchmark(self, job: Job, key: str, store: Path | None = None) -> None:
+        """Runs the tasks on one arm; results in `store` are shared by the runs of one root."""
+        if not self.task_key:
+            return
+        rows = task_rows_path(self.stages.directory.path, job["name"])
+        kept = rows if store is None else store / rows.name
+
+        def work() -> dict[str, Any]:
+            if store is None or not (self.config.eval.baseline_cache and kept.is_file()):
+                self.log.jobs(f"tasks-{job['name']}", [self.jobs.benchmark(job, kept)])
+            if store is not None:
+                copy_atomically(kept, rows)
+            return {}
+
+        self.log.run(f"tasks-{job['name']}", fingerprint_of(key, self.task_key), work, makes=[rows])
+
+    def _worst_layers(self, tuned: Tuned) -> list[tuple[str, float]]:
+        found: list[tuple[str, float]] = self.log.jobs("compare", [self.jobs.compare(tuned.merged)])[0]
+        return found
