@@ -105,7 +105,8 @@ def test_a_report_without_an_arms_scores_says_which_file(damage: str, finished: 
     shutil.copytree(finished, run)
     scores = run / "eval" / "ptq.parquet"
     scores.write_bytes(scores.read_bytes()[:100]) if damage == "torn" else scores.unlink()
-    with pytest.raises(UserError, match=r"ptq\.parquet cannot be read .*; remove it, then: train --resume"):
+    advice = "remove it, then: train --resume" if damage == "torn" else "train --resume"
+    with pytest.raises(UserError, match=rf"ptq\.parquet cannot be read .*; {advice}"):
         write_report(run, json.loads((run / "gathered.json").read_text()))
 
 
