@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,19 +98,19 @@ def weight(
     groups = [[layer(count) for count in rows] for _ in range(copies)]
     (out,) = path.weights(groups[0], torch.bfloat16)
     read = torch.empty(sum(rows), columns, dtype=torch.bfloat16)
-    return _line([lambda layers=layers: path.weights(layers, torch.bfloat16) for layers in groups], read, out)
+    return _line([partial(path.weights, layers, torch.bfloat16) for layers in groups], read, out)
 
 
 def inputs(path: FusedPath, columns: int, tokens: int) -> dict[str, Any]:
     """x -> x on its grid."""
     batches = [torch.randn(tokens, columns, device="cuda").bfloat16() for _ in range(8)]
-    return _line([lambda x=x: path.inputs(x) for x in batches], batches[0], path.inputs(batches[0]))
+    return _line([partial(path.inputs, x) for x in batches], batches[0], path.inputs(batches[0]))
 
 
 def swiglu(path: FusedPath, columns: int, tokens: int) -> dict[str, Any]:
     """gate, up -> silu(gate) * up on its grid."""
     pairs = [torch.randn(2, tokens, columns, device="cuda").bfloat16() for _ in range(3)]
-    return _line([lambda x=x: path.swiglu(x[0], x[1]) for x in pairs], pairs[0], path.swiglu(*pairs[0]))
+    return _line([partial(path.swiglu, x[0], x[1]) for x in pairs], pairs[0], path.swiglu(*pairs[0]))
 
 
 def _line(calls: list[Callable[[], Any]], read: Tensor, written: Tensor | Quantised) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def median_time(calls: list[Callable[[], Any]], repeats: int = 25) -> float:
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(1000 * start.elapsed_time(end) / len(calls))
+        times.append(1000 * float(start.elapsed_time(end)) / len(calls))
     del kept
     return statistics.median(times)
 

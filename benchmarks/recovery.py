@@ -307,7 +307,7 @@ class Study:
         theirs = is_unsloths(arm)
         plan = None if theirs else (scheme, target, group)
         seconds = self._train(config, home, plan, unsloth=(name, group) if theirs else None)
-        stored = json.loads((home / "trained.json").read_text())
+        stored: Row = json.loads((home / "trained.json").read_text())
         grid = load_grid(home / "grid", self.device) if (home / "grid").is_dir() else None
         if theirs:
             return self._in_a_plain_process(home, seed, (scheme, target, group)) | stored | {"train_seconds": seconds}
@@ -512,9 +512,13 @@ def unsloth_learner(folder: Path, config: Any, backend: Any, name: str, group: i
     per_group = PerGroup(group or 32)
     base = {
         "int8-int4": lambda: Int8DynamicActivationIntxWeightConfig(
-            weight_dtype=torch.int4, weight_granularity=per_group
+            weight_dtype=torch.int4,  # type: ignore[attr-defined]
+            weight_granularity=per_group,
         ),
-        "int3": lambda: IntxWeightOnlyConfig(weight_dtype=torch.int3, granularity=per_group),
+        "int3": lambda: IntxWeightOnlyConfig(
+            weight_dtype=torch.int3,  # type: ignore[attr-defined]
+            granularity=per_group,
+        ),
         "int4": lambda: Int4WeightOnlyConfig(group_size=group),  # it refuses the tile-packed layout
         "fp8": lambda: Float8DynamicActivationFloat8WeightConfig(
             granularity=PerRow(), kernel_preference=KernelPreference.TORCH

@@ -323,7 +323,8 @@ def _torchao_fake_quantisers(model: Any, scheme: str) -> None:
 
     configs: dict[str, Any] = {
         "int8-int4": lambda: Int8DynamicActivationIntxWeightConfig(
-            weight_dtype=torch.int4, weight_granularity=PerGroup(32)
+            weight_dtype=torch.int4,  # type: ignore[attr-defined]
+            weight_granularity=PerGroup(32),
         ),
         "int4": lambda: Int4WeightOnlyConfig(group_size=128),
         "fp8": lambda: Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
@@ -351,7 +352,7 @@ def _profile(step: Any, options: argparse.Namespace) -> dict[str, Any]:
     kernels = [
         event.time_range.elapsed_us()
         for event in profile.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))
+        if event.device_type.name == "CUDA" and not event.name.startswith(("Memcpy", "Memset"))
         and not getattr(event, "is_user_annotation", False)
     ]  # fmt: skip
     return {"kernel_ms": round(sum(kernels) / 1000, 2)}

@@ -34,12 +34,17 @@ OnStep = Callable[[int, int, dict[str, float]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class QatPlan:
-    """The format to train for. `dtype` is what the shipped model computes in ("float32", "bfloat16")."""
+    """The format to train for.
+
+    Attributes:
+        skip: names, blocks or patterns of the layers that stay in 16 bit.
+        dtype: what the shipped model computes in ("float32", "bfloat16").
+    """
 
     scheme: Scheme
     target: Target
     group_size: int | None
-    skip: tuple[str, ...]
+    skip: tuple[str, ...] = ()
     dtype: str
 
 
