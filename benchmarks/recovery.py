@@ -392,7 +392,7 @@ class Study:
         table = home / "eval.parquet"
         rows = self._data()[1]
         rows.to_parquet(str(table))
-        names = {"scheme": scheme.name, "target": target.name, "group_size": group}
+        names = {"scheme": scheme.name, "target": target.name, "group_size": group, "skip": []}
         source, output = str(home / "merged"), str(home / "quantized")
         reference = str(self._home("control", seed) / "merged")
         jobs: list[Row] = [

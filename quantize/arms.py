@@ -13,7 +13,7 @@ _DESCRIPTIONS = {
     "base_quantized": "untouched, quantised",
     "control": "fine-tuned without QAT",
     "ptq": "control, quantised after training",
-    "tuned": "this run, merged in 16 bit",
+    "tuned": "this run, merged in {dtype}",
     "final": "this run, as shipped",
 }
 _SIZE_OF = {"base": "base_mib", "control": "tuned_mib", "tuned": "tuned_mib"}  # quantised arms: final_mib, same layout
@@ -38,7 +38,8 @@ def arm_rows(metrics: Mapping[str, Any]) -> list[ArmRow]:
     return [
         ArmRow(
             name=name,
-            description=_DESCRIPTIONS[name] + (" (simulated)" if metrics[name]["simulated"] else ""),
+            description=_DESCRIPTIONS[name].format(dtype=metrics["dtype"])
+            + (" (simulated)" if metrics[name]["simulated"] else ""),
             loss=metrics[name]["loss"],
             loss_vs_base=metrics[name]["vs_base"]["loss"],
             accuracy=metrics[name]["accuracy"],

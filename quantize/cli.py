@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -122,7 +123,8 @@ def _sensitivity(options: argparse.Namespace) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     source = Path(options.source)
-    from quantize.finish import find_run, finish_run
+    from quantize.finish import finish_run
+    from quantize.runs import find_run
 
     run = find_run(options.source, options.root)
     if run is not None:
@@ -152,7 +154,8 @@ def _convert_folder(source: Path, options: argparse.Namespace) -> None:
         raise UserError(f"{scheme.name} for {target.name}: this machine lacks {'; '.join(missing)}{hint}")
     if target.dtype and options.dtype not in (None, target.dtype):
         raise UserError(f"--dtype {options.dtype}: {scheme.name} for {target.name} computes in {target.dtype}")
-    output = options.output or source.with_name(f"{source.name}-{scheme.name}")
+    named = Path(os.path.abspath(source))  # "." has no name
+    output = options.output or named.with_name(f"{named.name}-{scheme.name}")
     if output.exists() and any(output.iterdir()):
         raise UserError(f"--output {output} exists and is not empty; name another folder")
     job = {

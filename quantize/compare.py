@@ -22,10 +22,12 @@ from quantize.arms import (
 )
 from quantize.document import Block, Figure, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
 from quantize.errors import UserError
-from quantize.finish import find_run, write_atomically
+from quantize.files import read_mapping, write_atomically
 from quantize.report import nested
+from quantize.runs import find_run, renew_command
 from quantize.statistics import Interval, holm, mcnemar, paired_accuracy_difference, paired_loss_difference
 from quantize.task_metrics import NOTHING, compare_rows
+from quantize.verdict import why
 
 if TYPE_CHECKING:
     from quantize.evaluate import Scores
@@ -78,10 +80,12 @@ def compare_runs(names: Sequence[str], root: str, output: Path) -> str:
     """
     from quantize.plots import draw_comparison
 
-    folders = list(dict.fromkeys(folder for name in names for folder in find_runs(name, root)))
+    found = [find_runs(name, root) for name in names]
+    folders = list(dict.fromkeys(folder for finished, _ in found for folder in finished))
+    unfinished = list(dict.fromkeys(folder for _, others in found for folder in others))
     if len(folders) < 2:
         raise UserError("compare needs two runs or more, or a folder that holds them: quantize compare RUN RUN")
-    runs = [load_run(folder) for folder in folders]
+    runs = [load_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
     paired = [pair(runs[0], run) for run in runs[1:]]
     plots = draw_comparison(
         [(run.name, run.metrics, run.arm) for run in runs],
@@ -89,7 +93,7 @@ def compare_runs(names: Sequence[str], root: str, output: Path) -> str:
         runs[0].name,
     )
     figures = [Figure(f"plots/{plot.name}.png", plot.caption, plot.svg) for plot in plots]
-    blocks = list(_blocks(runs, paired, figures))
+    blocks = list(_blocks(runs, paired, figures, unfinished))
     (output / "plots").mkdir(parents=True, exist_ok=True)
     for plot in plots:
         (output / "plots" / f"{plot.name}.png").write_bytes(plot.png)
@@ -99,23 +103,35 @@ def compare_runs(names: Sequence[str], root: str, output: Path) -> str:
     return text
 
 
-def find_runs(name: str, root: str) -> list[Path]:
-    """The run directory of that path or name, or the finished runs in that folder, by name."""
+def find_runs(name: str, root: str) -> tuple[list[Path], list[Path]]:
+    """The run directory of that path or name, or the finished runs in that folder and its unfinished ones, by name."""
     run = find_run(name, root)
     if run is not None:
-        return [run]
+        return [run], []
     for path in (Path(name).expanduser(), Path(root).expanduser() / name):
         inside = sorted(manifest.parent for manifest in path.glob("*/manifest.json"))
         finished = [folder for folder in inside if (folder / "metrics.json").is_file()]
         if finished:
-            return finished
+            return finished, [folder for folder in inside if folder not in finished]
         if inside:
             raise UserError(f"{path}: none of its {len(inside)} runs is finished")
     raise UserError(f"{name} is neither a run nor a folder of runs, as a path or under {root}")
 
 
-def load_run(folder: Path) -> Run:
-    """Reads a finished run.
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many of the folders above them as it takes to tell them apart."""
+    paths = [folder.resolve().parts for folder in folders]
+    names = []
+    for path in paths:
+        depth = 1
+        while depth < len(path) and sum(other[-depth:] == path[-depth:] for other in paths) > 1:
+            depth += 1
+        names.append("/".join(path[-depth:]))
+    return names
+
+
+def load_run(folder: Path, name: str) -> Run:
+    """Reads a finished run, which is called `name` in what is written.
 
     Raises:
         UserError: the run is not finished, or a file of it is damaged.
@@ -126,28 +142,41 @@ def load_run(folder: Path) -> Run:
 
     if not (folder / "metrics.json").is_file():
         raise UserError(f"{folder} is not finished; continue it with: train --resume {folder}")
-    metrics, settings = (_read(folder / name) for name in ("metrics.json", "config.resolved.json"))
+    metrics, settings = (read_mapping(folder / name) for name in ("metrics.json", "config.resolved.json"))
     try:
         arm = "final" if metrics["final"]["loss"] is not None else "tuned"
-        assert metrics[arm]["loss"] is not None and "tuned_mib" in metrics["size"] and "why" in metrics
+        assert (
+            metrics[arm]["loss"] is not None
+            and "tuned_mib" in metrics["size"]
+            and "why" in metrics
+            and "dtype" in metrics
+        )
     except (AssertionError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'metrics.json'} is damaged or of another version: it has no loss") from error
+        raise UserError(
+            f"{folder / 'metrics.json'} is damaged or of another version; {renew_command(folder)}"
+        ) from error
     path, tasks = folder / "eval" / f"{arm}.parquet", task_rows_path(folder, arm)
+    rows: list[Row] = []
     try:
         scores, texts = Scores.load(path), read_texts(path)
-        rows = load_rows(tasks) if tasks.is_file() else []
+        if metrics["tasks"]:
+            path = tasks
+            rows = load_rows(tasks)
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); run again: quantize compare needs the samples") from error
+        said = str(error).splitlines()[0]
+        advice = "" if isinstance(error, FileNotFoundError) else "remove it, then: "
+        raise UserError(f"{path} cannot be read ({said}); {advice}{renew_command(folder)}") from error
     prompts = list(zip(texts.get("prompt", ()), texts.get("answer", ()), strict=True))
-    return Run(folder.name, arm, metrics, dict(nested(settings)), scores, prompts, rows)
+    return Run(name, arm, metrics, dict(nested(settings)), scores, prompts, rows)
 
 
 def pair(first: Run, other: Run) -> Paired:
     """`other` minus `first` on the samples that both were scored on."""
     tasks = compare_rows(other.tasks, first.tasks)
-    if first.prompts != other.prompts or list(first.scores.tokens) != list(other.scores.tokens):
+    order = _same_order(first, other)
+    if order is None:
         return Paired(reason="other held-out samples, or another tokenizer", tasks=tasks)
-    a, b = other.scores, first.scores
+    a, b = other.scores.taken(order), first.scores
     return Paired(
         loss=paired_loss_difference(a.nll, b.nll, a.tokens),
         accuracy=paired_accuracy_difference(a.exact, b.exact),
@@ -156,7 +185,26 @@ def pair(first: Run, other: Run) -> Paired:
     )
 
 
-def _blocks(runs: Sequence[Run], paired: Sequence[Paired], figures: Sequence[Figure]) -> Iterator[Block]:
+def _same_order(first: Run, other: Run) -> list[int] | None:
+    """Where each sample of `first` is in `other`: a seed shuffles them. None where they are not the same samples."""
+    places: dict[tuple[Any, ...], list[int]] = {}
+    for index, sample in enumerate(_samples(other)):
+        places.setdefault(sample, []).append(index)
+    wanted = _samples(first)
+    if len(wanted) != len(other.scores.tokens):
+        return None
+    found = [places[sample].pop(0) if places.get(sample) else None for sample in wanted]
+    return None if None in found else [index for index in found if index is not None]
+
+
+def _samples(run: Run) -> list[tuple[Any, ...]]:
+    texts = run.prompts or [("", "")] * len(run.scores.tokens)
+    return [(*text, int(tokens)) for text, tokens in zip(texts, run.scores.tokens, strict=True)]
+
+
+def _blocks(
+    runs: Sequence[Run], paired: Sequence[Paired], figures: Sequence[Figure], unfinished: Sequence[Path]
+) -> Iterator[Block]:
     first = runs[0]
     yield Heading(f"ongrid: {len(runs)} runs", 1)
     yield from _findings(runs, paired)
@@ -173,6 +221,8 @@ def _blocks(runs: Sequence[Run], paired: Sequence[Paired], figures: Sequence[Fig
     if reasons:
         yield Paragraph("Not paired:")
         yield Items(reasons)
+    if unfinished:
+        yield Paragraph(f"Left out, as they are not finished: {', '.join(folder.name for folder in unfinished)}.")
     if figures:
         yield Figures(figures)
     yield from _tasks(runs, paired)
@@ -207,7 +257,7 @@ def _row(run: Run, found: Paired | None) -> tuple[str, ...]:
     loss = format_difference(found.loss.as_dict()) if found and found.loss else "-"
     points = format_points(found.accuracy.as_dict()) if found and found.accuracy else "-"
     share = metrics["recovered"]
-    where = f"{metrics['scheme']}, {metrics['target']}" if metrics["scheme"] else "16 bit"
+    where = f"{metrics['scheme']}, {metrics['target']}" if metrics["scheme"] else metrics["dtype"]
     size = metrics["size"]["final_mib" if run.arm == "final" else "tuned_mib"]
     mark = " (simulated)" if arm["simulated"] else ""
     return (
@@ -232,7 +282,8 @@ def _tasks(runs: Sequence[Run], paired: Sequence[Paired]) -> Iterator[Block]:
         for run, each in zip(runs, [None, *paired], strict=True):
             task = run.metrics["tasks"].get(name)
             if task is None or task[run.arm]["value"] is None:
-                rows.append((name, run.name, "not run", "-", "-"))
+                reason = "not run" if task is None else why(run.metrics, f"tasks.{name}.{run.arm}.value")
+                rows.append((name, run.name, reason, "-", "-"))
                 continue
             share = task["share"]
             score = format_value(task[run.arm], 1 if share else 4, factor=100 if share else 1)
@@ -261,10 +312,3 @@ def _settings(runs: Sequence[Run]) -> Iterator[Block]:
 
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error

@@ -6,6 +6,7 @@ end-of-turn token included. Shapes: `S` samples, `B` batch, `T` tokens, `V` voca
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,16 @@ class Scores:
         """Mean KL divergence in nats per answer token."""
         return None if self.kl is None else float(self.kl.sum() / self.tokens.sum())
 
+    @property
+    def broken(self) -> int:
+        """Number of samples whose loss is NaN or infinite."""
+        return int((~np.isfinite(self.nll)).sum())
+
+    def taken(self, order: Sequence[int]) -> Scores:
+        """Loss, tokens and exactness of the samples in another order."""
+        index = np.asarray(order, dtype=np.int64)
+        return Scores(nll=self.nll[index], tokens=self.tokens[index], exact=self.exact[index])
+
     def save(self, path: Path, texts: Mapping[str, Sequence[str]] | None = None) -> None:
         """Writes a parquet file with a row for each sample, `texts` as further columns; `load` reads the numbers back.
 
@@ -70,7 +81,7 @@ class Scores:
             columns["greedy"] = pyarrow.array([list(row) for row in self.greedy], pyarrow.list_(pyarrow.int32()))
         table = {name: column for name, column in columns.items() if column is not None} | dict(texts or {})
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two runs may fill one cache
         pyarrow.parquet.write_table(pyarrow.table(table), temporary)
         temporary.replace(path)
 

@@ -8,7 +8,7 @@ from typing import Any
 from quantize.arms import format_points, format_size, format_value
 from quantize.document import Block, Heading, Items, Paragraph, Table
 from quantize.metrics import ARMS
-from quantize.plots import reference_pair
+from quantize.plots import main_pair
 from quantize.samples import WorstSample
 from quantize.verdict import why
 
@@ -25,12 +25,12 @@ def tasks_section(metrics: Metrics) -> Iterator[Block]:
     if not tasks:
         return
     arms = [arm for arm in ARMS if any(task[arm]["value"] is not None for task in tasks.values())]
-    pair = reference_pair(metrics)
-    reference = pair.removeprefix("final_vs_")
+    first, second = main_pair(metrics)
+    pair = f"{first}_vs_{second}"
     yield Heading("Tasks")
     yield Paragraph(
         "The same samples for every arm, run by lm-eval. Shares in percent, other metrics as they are. The last "
-        f"two columns compare final with {reference}: paired 95% interval, and p adjusted for the number of tasks "
+        f"two columns compare {first} with {second}: paired 95% interval, and p adjusted for the number of tasks "
         "(Holm)."
     )
     rows = []
@@ -43,18 +43,20 @@ def tasks_section(metrics: Metrics) -> Iterator[Block]:
         digits, factor = (1, 100.0) if share else (4, 1.0)
         scores = [format_value({**task[arm], "low": None}, digits, factor=factor) for arm in arms]
         difference = format_points(compared) if share else format_value(compared, 4)
+        if compared["value"] is None:
+            difference = why(metrics, f"tasks.{name}.comparisons.{pair}.value")
         p = "-" if compared["p_holm"] is None else f"{compared['p_holm']:.2g}"
         rows.append((name, task["metric"], str(task["n_samples"]), *scores, difference, p))
     mean = metrics["tasks_mean"]
     if any(mean[arm]["value"] is not None for arm in arms):
         scores = [format_value({**mean[arm], "low": None}, 1, factor=100) for arm in arms]
         rows.append(("mean", f"of {mean['n_tasks']}", "", *scores, format_points(mean["comparisons"][pair]), ""))
-    header = ("task", "metric", "samples", *arms, f"final - {reference} [95%]", "p")
+    header = ("task", "metric", "samples", *arms, f"{first} - {second} [95%]", "p")
     yield Table(header, rows, numeric=frozenset(range(2, len(header))))
 
 
 def cost_section(metrics: Metrics) -> Iterator[Block]:
-    """What running costs, beside 16 bit on the same machine; whether that is a gain is said, too."""
+    """What running costs, beside the unquantised model on the same machine; whether that is a gain is said, too."""
     cost = metrics["cost"]
     yield Heading("What it costs to run")
     if cost["tuned"] is None:
@@ -76,34 +78,47 @@ def cost_section(metrics: Metrics) -> Iterator[Block]:
     if None not in size.values():
         disk = f"{size['final'] / size['tuned']:.2f} times as much"
         rows.append(("on disk, MiB", *(format_size(size[key]) for key in ("tuned", "final")), disk))
-    yield Table(("", "16 bit", "shipped", ""), rows, numeric=frozenset({1, 2, 3}))
+    plain = f"tuned, in {metrics['dtype']}"
+    yield Table(("", plain, "final, as shipped", ""), rows, numeric=frozenset({1, 2, 3}))
     how = " and ".join(dict.fromkeys("compiled" if of["compiled"] else "not compiled" for of in (tuned, final)))
     how += ", each step one CUDA graph" if tuned["graph"] else ""
     text = (
         f"transformers' model on this machine ({how}), the cache of a fixed size; prompts of "
         f"{tuned['prompt_tokens']} tokens, medians."
     )
+    yield Paragraph(text + _where_slower(metrics))
+
+
+def _where_slower(metrics: Metrics) -> str:
+    """A sentence on what the shipped format does not save here, and what it does."""
+    ratio, size = metrics["cost"]["ratio"], metrics["size"]
     slower = [batch for batch, times in ratio["decode_ms"].items() if times < _SLOWER]
-    if slower:
-        text += (
-            f" At batch {', '.join(slower)} the shipped format decodes slower here than 16 bit: what it saves here is "
-            "memory or disk, not time."
+    if not slower:
+        return ""
+    saved = [
+        word
+        for word, share in (
+            ("memory", ratio["peak_mib"]),
+            ("disk", size["final_mib"] / size["tuned_mib"] if size["final_mib"] and size["tuned_mib"] else None),
         )
-    yield Paragraph(text)
+        if share is not None and share < _SLOWER
+    ]
+    text = f" At batch {', '.join(slower)} the shipped format decodes slower here than {metrics['dtype']}"
+    return text + (f"; what it saves there is {' and '.join(saved)}, not time." if saved else ".")
 
 
 def layers_section(metrics: Metrics) -> Iterator[Block]:
-    """The quantised layers whose output is furthest from 16 bit."""
+    """The quantised layers whose output is furthest from the unquantised layer's."""
     known = {name: health for name, health in metrics["layers"].items() if health["sqnr_db"] is not None}
     if not known:
         return
     worst = sorted(known.items(), key=lambda item: item[1]["sqnr_db"])[:_WORST_LAYERS]
     yield Heading("Which layer hurts")
     yield Paragraph(
-        "Signal-to-quantisation-noise ratio of a layer's output on the inputs that the 16-bit model gives it, 6 dB a "
-        f"bit; the median of {len(metrics['layers'])} layers is {metrics['sqnr']['median_db']:.1f} dB. Beside it the "
-        "largest input, and how many times the root mean square that is: outliers, which 8-bit activations round "
-        "coarsely. The worst:"
+        "Signal-to-quantisation-noise ratio of a layer's output on the inputs that the unquantised model gives it, "
+        f"6 dB a bit; the median of {len(metrics['layers'])} layers is {metrics['sqnr']['median_db']:.1f} dB. Beside "
+        "it the largest input, and how many times the root mean square that is: outliers, which 8-bit activations "
+        "round coarsely. The worst:"
     )
     rows = [
         (name, f"{health['sqnr_db']:.1f}", f"{health['input_max']:.3g}", f"{health['input_crest']:.1f}")
@@ -118,7 +133,7 @@ def samples_section(worst: Sequence[WorstSample]) -> Iterator[Block]:
         return
     yield Heading("Where it lost most")
     yield Paragraph(
-        "The samples whose loss grew most from 16 bit to what ships, and tasks that it lost. Of held-out samples the "
+        "The samples whose loss grew most by quantisation, and tasks that what ships lost. Of held-out samples the "
         "text is the most likely token at each place of the right answer. All samples of all arms lie in "
         "eval/ARM.parquet and eval/ARM.tasks.parquet."
     )

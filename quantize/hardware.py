@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from quantize.schemes import Scheme, Target
 
 
@@ -27,6 +29,27 @@ def _missing(need: str) -> str | None:
     if (major, minor) < tuple(int(part) for part in wanted.split(".")):
         return f"compute capability {wanted} or newer ({torch.cuda.get_device_name()} has {major}.{minor})"
     return None
+
+
+def describe_device() -> str:
+    """The machine in words: GPU, or processor and threads."""
+    import platform
+
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def describe_here(dtype: str) -> dict[str, Any]:
+    """What else than the weights decides a measurement: device, dtype, packages, and the version of our numerics."""
+    from importlib.metadata import version
+
+    from quantize.numerics import VERSION
+
+    packages = {name: version(name) for name in ("torch", "torchao", "transformers")}
+    return {"device": describe_device(), "dtype": dtype, "packages": packages | {"numerics": str(VERSION)}}
 
 
 def pick_target(scheme: Scheme, asked: str | None) -> tuple[Target, list[str]]:

@@ -11,6 +11,20 @@ from quantize.schemes import find_scheme
 
 Job = dict[str, Any]
 
+MAY_OVERFLOW = ("base_quantized", "ptq")
+"""Arms that no choice of the user's makes better: that they have no loss is what their rows say."""
+ONLY_TRAINED_ON = ("base", "base_quantized")
+"""Arms of the model before fine-tuning, which is no part of a run directory: they are measured where it is."""
+_TRAINED = "lower train.learning_rate, or set quantize.dtype to float32"
+_SHIPPED = "lower train.learning_rate, or choose another format"
+_OVERFLOW_ADVICE = {
+    "base": "the checkpoint is damaged or needs another model.dtype and quantize.dtype (float32)",
+    "control": _TRAINED,
+    "tuned": _TRAINED,
+    "fake": _SHIPPED,
+    "final": _SHIPPED,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Jobs:
@@ -76,6 +90,8 @@ class Jobs:
             "reference": str(reference) if reference else None,
             "reference_dtype": self.plain_dtype,
             "trust_remote_code": self.trust_remote_code,
+            "may_overflow": arm in MAY_OVERFLOW,
+            "overflow_advice": _OVERFLOW_ADVICE.get(arm, ""),
         }
 
     def simulate(

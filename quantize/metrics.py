@@ -26,7 +26,10 @@ from quantize.statistics import (
 from quantize.task_metrics import Rows, task_metrics
 
 ARMS = ("base", "base_quantized", "control", "ptq", "tuned", "final")
-COMPARISONS = (("final", "ptq"), ("final", "control"), ("final", "base"), ("final", "tuned"), ("ptq", "control"))
+COMPARISONS = (
+    ("final", "ptq"), ("final", "control"), ("final", "base"), ("final", "tuned"),
+    ("ptq", "control"), ("tuned", "base"),
+)  # fmt: skip
 QUANTISED_ARMS = ("base_quantized", "ptq", "final")  # where the target cannot run, these are simulated
 SIZES = ("base_mib", "tuned_mib", "final_mib", "memory_mib", "bits_per_weight")
 
@@ -65,12 +68,14 @@ def build_metrics(
     coverage: Mapping[str, Any],
     scheme: str | None,
     target: str | None,
+    dtype: str,
     simulated: bool,
     missing: Sequence[str] = (),
     finish_command: str | None = None,
     task_rows: Rows | None = None,
     layers: Mapping[str, Mapping[str, float | None]] | None = None,
     cost: Sequence[Mapping[str, Any]] | None = None,
+    elsewhere: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything that metrics.json holds.
 
@@ -83,12 +88,14 @@ def build_metrics(
         size: some of `SIZES`.
         coverage: `quantized_fraction` (share of the layers' weights) and `skipped` (layer name: reason).
         scheme, target: as shipped; None where nothing is quantised.
+        dtype: of the weights that are not quantised, those of whole arms included ("float32").
         simulated: this machine cannot run the target, so quantised arms come from fake quantisation.
         missing: what keeps this machine from the target, in words.
         finish_command: what completes the run where the target can run.
         task_rows: results on tasks by arm.
         layers: by layer the fields of `quantize.layer_health.LayerHealth`.
-        cost: that of 16 bit and of what ships (see `quantize.cost.measure_cost`).
+        elsewhere: `arms` that were measured on another `device`, in another `dtype` or with other `packages`.
+        cost: that of tuned and of what ships (see `quantize.cost.measure_cost`).
 
     Raises:
         UserError: a loss is not finite, or arms were not run on the same samples of a task.
@@ -120,8 +127,10 @@ def build_metrics(
         },
         "scheme": scheme,
         "target": target,
+        "dtype": dtype,
         "simulated": simulated,
         "missing": list(missing),
+        "elsewhere": _elsewhere(elsewhere),
         "finish_command": finish_command,
     }
     metrics["why"] = _reasons(metrics, arms, {**no_task, **why})
@@ -226,8 +235,13 @@ def _distribution(arms: Arms, reference: str | None, simulated: bool) -> dict[st
     return found
 
 
+def _elsewhere(known: Mapping[str, Any] | None) -> dict[str, Any]:
+    known = known or {"arms": (), "device": None, "dtype": None, "packages": {}}
+    return {**known, "arms": list(known["arms"]), "packages": dict(known["packages"])}
+
+
 def _cost(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """16 bit, what ships, and how many times faster that is (memory: its share)."""
+    """tuned, what ships, and how many times faster that is (memory: its share)."""
     if len(measured) != 2:
         return {"tuned": None, "final": None, "ratio": None}
     tuned, final = measured
@@ -279,6 +293,7 @@ def _reasons(metrics: Mapping[str, Any], arms: Arms, why: Mapping[str, str]) -> 
 def _default_reasons(metrics: Mapping[str, Any], arms: Arms, why: Mapping[str, str]) -> dict[str, str]:
     absent = [name for name in ARMS if arms.get(name) is None]
     reasons = {name: why.get(name, _NOT_MEASURED) for name in absent}
+    reasons["elsewhere"] = "all arms were measured on one machine"
     reasons["base.vs_base"] = "base is what the others are compared with"
     for name in ARMS:
         reasons[f"{name}.perplexity"] = reasons.get(name, "exp(loss) is beyond what a number holds")
@@ -294,6 +309,8 @@ def _default_reasons(metrics: Mapping[str, Any], arms: Arms, why: Mapping[str, s
     elif metrics["recovered"] is None:
         reasons["recovered"] = "quantising the control cost no loss on these samples: there is nothing to recover"
     unclear = "the loss that quantisation costs is not clearly above 0: the share has no bounds"
+    if not gone and metrics["final"]["loss_interval"]["low"] is None:
+        unclear = _TOO_FEW
     reasons["recovered_interval"] = reasons.get("recovered", unclear)
     if metrics["scheme"] is None:
         nothing = "nothing is quantised: neither qat nor quantize.scheme is set"
@@ -301,8 +318,9 @@ def _default_reasons(metrics: Mapping[str, Any], arms: Arms, why: Mapping[str, s
     if not metrics["finish_command"]:
         reasons["finish_command"] = "nothing is left to do"
     for name in ("ptq", "final"):
-        reason = reasons.get(name, _NOT_MEASURED)
-        reasons |= {f"kl.{name}{part}": reason for part in ("", "_interval", "_top1", "_top1_interval")}
+        if metrics["kl"][name] is None:
+            reason = reasons.get(name, _NOT_MEASURED)
+            reasons |= {f"kl.{name}{part}": reason for part in ("", "_interval", "_top1", "_top1_interval")}
     if metrics["kl"]["reference"] is None:
         reasons["kl.reference"] = reasons.get("final", _NOT_MEASURED)
     quantised = (

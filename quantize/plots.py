@@ -91,7 +91,7 @@ def draw_sensitivity(found: Mapping[str, Any]) -> list[Plot]:
     for way, draw in (("block", _blocks_depth), ("kind", _kinds)):
         rows = [row for row in found["groups"] if row["way"] == way]
         height = 3.0 if way == "block" else 0.9 + 0.34 * len(rows)
-        caption = f"KL divergence from 16 bit with one {way} quantised, nats a token, 95% intervals"
+        caption = f"KL divergence from the unquantised model with one {way} quantised, nats a token, 95% intervals"
         drawn.append(_draw(way, caption, draw, height, rows))
     return [plot for plot in drawn if plot is not None]
 
@@ -211,8 +211,8 @@ def _together(points: Sequence[_Point]) -> list[tuple[tuple[float, float], list[
 
 
 def _differences(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """(label, difference of final from its 16-bit reference): positive is better, in points, the mean first."""
-    pair = reference_pair(metrics)
+    """(label, difference of `main_pair`): positive is better, in points, the mean first."""
+    pair = "_vs_".join(main_pair(metrics))
     exact = metrics["comparisons"][pair]["accuracy"]
     tasks = [
         (name, task["comparisons"][pair])
@@ -224,14 +224,16 @@ def _differences(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any
     return [(name, found) for name, found in rows if found["low"] is not None and found["high"] is not None]
 
 
-def reference_pair(metrics: Mapping[str, Any]) -> str:
-    """The comparison that says what quantisation costs: with the 16-bit control, else with this run in 16 bit."""
-    return "final_vs_control" if metrics["control"]["loss"] is not None else "final_vs_tuned"
+def main_pair(metrics: Mapping[str, Any]) -> tuple[str, str]:
+    """The two arms that say what quantisation costs; where nothing is quantised, what the fine-tuning gained."""
+    if metrics["final"]["loss"] is None:
+        return "tuned", "base"
+    return "final", "control" if metrics["control"]["loss"] is not None else "tuned"
 
 
 def _forest_caption(metrics: Mapping[str, Any]) -> str:
-    reference = reference_pair(metrics).removeprefix("final_vs_")
-    return f"Shipped minus {reference} (16 bit), percentage points, paired 95% intervals: right is better"
+    first, second = main_pair(metrics)
+    return f"{first} minus {second}, percentage points, paired 95% intervals: right is better"
 
 
 def _forest(axes: Axes, metrics: Mapping[str, Any]) -> bool:

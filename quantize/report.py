@@ -128,6 +128,14 @@ def _arms_section(metrics: Metrics) -> Iterator[Block]:
     ]
     yield Table(header, cells, numeric=frozenset(range(2, 7)))
     yield Paragraph("Control has the layout of tuned, and ptq that of final, so the sizes are shared.")
+    elsewhere = metrics["elsewhere"]
+    if elsewhere["arms"]:
+        yield Paragraph(
+            f"{' and '.join(elsewhere['arms'])} were measured where the run was trained ({elsewhere['device']}, in "
+            f"{elsewhere['dtype']}, {', '.join(map(' '.join, elsewhere['packages'].items()))}; what is quantised "
+            f"simulated), the others where it was finished (in {metrics['dtype']}): differences from those two hold "
+            "that of the arithmetic, too."
+        )
     absent = [f"{name}: {why(metrics, f'{name}.loss')}" for name in ARMS if metrics[name]["loss"] is None]
     if absent:
         yield Paragraph("Not measured:")
@@ -155,10 +163,10 @@ def _gap_section(metrics: Metrics) -> Iterator[Block]:
 
 
 def _distance(metrics: Metrics, arm: str) -> str:
-    """How far the arm's next-token distributions are from those of 16 bit."""
+    """How far the arm's next-token distributions are from those of the unquantised model."""
     kl, mark = metrics["kl"], " (simulated)" if metrics["kl"]["simulated"] else ""
     if kl[arm] is None:
-        return f"KL divergence of {arm} from 16 bit: not known ({why(metrics, f'kl.{arm}')})"
+        return f"KL divergence of {arm} from the unquantised model: not known ({why(metrics, f'kl.{arm}')})"
     bounds, top1 = kl[f"{arm}_interval"], kl[f"{arm}_top1_interval"]
     divergence = format_value({"value": kl[arm], **bounds}, 4)
     agreement = format_value({"value": kl[f"{arm}_top1"], **top1}, 1, factor=100)
@@ -186,7 +194,7 @@ def _coverage_section(metrics: Metrics) -> Iterator[Block]:
         where = f"{metrics['scheme']}, target {metrics['target']}"
         yield Paragraph(f"{_percent(fraction)} of the layers' weights are quantised ({where}).")
     if skipped:
-        yield Paragraph("Kept in 16 bit:")
+        yield Paragraph("Not quantised:")
         yield Items([f"{name}: {reason}" for name, reason in skipped.items()])
 
 

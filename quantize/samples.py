@@ -85,7 +85,7 @@ def _of_tasks(tasks: Mapping[str, Sequence[Row]], reference: str, shown: Sequenc
         return []
     found: dict[str, list[tuple[float, int]]] = {}
     for index, (final, before) in enumerate(zip(tasks["final"], tasks[reference], strict=True)):
-        if final.value is not None and before.value is not None:
+        if final.value is not None and before.value is not None and final.weight > 0:  # an empty text weighs nothing
             loss = (before.value - final.value) / final.weight * (1 if final.higher_is_better else -1)
             if loss > 0:
                 found.setdefault(final.name, []).append((loss, index))

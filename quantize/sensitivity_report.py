@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 from quantize.arms import format_difference
 from quantize.document import Block, Code, Figure, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
 from quantize.errors import UserError
-from quantize.finish import find_run, read_gathered, write_atomically
+from quantize.files import write_atomically
+from quantize.runs import find_run, read_gathered
 
 _ROWS = 12  # of each table of groups; sensitivity.json has all
 
@@ -99,8 +99,10 @@ def study(asked: Asked, progress: Any = None) -> tuple[str, Path]:
     }
     output = subject.output
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="ongrid-") as folder:
-        (found,) = run_jobs([job], Path(folder) / "request.json", progress)
+    request = output / "sensitivity.request.json"  # beside it the log, where something fails
+    (found,) = run_jobs([job], request, progress)
+    for path in output.glob(f"{request.stem}.*"):
+        path.unlink()
     found = {"model": subject.name, "format": dict(subject.format), "data": str(subject.data), **found}
     plots = draw_sensitivity(found)
     blocks = list(_blocks(found, subject, [Figure(f"plots/{plot.name}.png", plot.caption, plot.svg) for plot in plots]))
@@ -185,9 +187,9 @@ def _sets_section(found: Mapping[str, Any]) -> Iterator[Block]:
     yield Heading("What keeping layers in 16 bit buys")
     yield Paragraph(
         f"Everything quantised but these, on {found['n_samples']['sets']} samples other than those that chose the "
-        "groups. KL divergence from the 16-bit model, nats a token; differences are paired, 95% intervals in brackets. "
-        "A larger set is proposed only where its step from the one above it is shown. Sizes are nominal: a 16-bit "
-        "scale a group."
+        "groups. KL divergence from the unquantised model, nats a token; differences are paired, 95% intervals in "
+        "brackets. A larger set is proposed only where its step from the one above it is shown. Sizes are nominal: a "
+        "16-bit scale a group."
     )
     rows = [("nothing", f"{found['all']['mib']:,.1f}", "", _nats(found["all"]["kl"]), "", "", "")]
     rows += [
@@ -214,20 +216,23 @@ def _groups_section(found: Mapping[str, Any]) -> Iterator[Block]:
         ]  # fmt: skip
         more = f" (the worst {_ROWS} of {len(groups)})" if len(groups) > _ROWS else ""
         yield Heading(f"By {way}{more}", 3)
-        header = (way, "layers", "weights", "KL [95%]", "loss - 16 bit [95%]", "excess")
+        header = (way, "layers", "weights", "KL [95%]", "loss - unquantised [95%]", "excess")
         yield Table(header, rows, numeric=frozenset(range(1, 6)))
 
 
 def _verdict(found: Mapping[str, Any]) -> str:
     form = found["format"]["scheme"]
     cost = f"Quantising everything to {form} moves the model {_nats(found['all']['kl'])} nats a token from "
-    cost += "16 bit (KL divergence)."
+    cost += "what it was (KL divergence)."
     if found["proposal"]:
         best = next(each for each in found["sets"] if each["skip"] == found["proposal"])
         change, names = _nats(best["kl_change"], "+"), " and ".join(found["proposal"])
         return f"{cost} Keeping {names} in 16 bit changes that by {change}, for {best['growth']:.1%} more weight."
+    if found["sets"] and all(each["kl_change"]["low"] is None for each in found["sets"]):
+        few = found["n_samples"]["sets"]
+        return f"{cost} Nothing is proposed: {few} samples to confirm a proposal on are too few for an interval."
     if found["sets"]:
-        return f"{cost} Nothing is proposed: no set of layers is shown to lower it on these samples."
+        return f"{cost} Nothing is proposed: that a first step lowers it is not shown on these samples."
     return (
         f"{cost} Nothing is proposed: no group stands out that would let the weights grow by no more than "
         f"{found['growth']:.0%} (--growth)."

@@ -20,6 +20,7 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 _Z95 = 1.959963984540054  # 97.5% quantile of the standard normal
+_FEWEST = 6  # samples for a bootstrap interval: see `_percentile`
 _CHUNK_ELEMENTS = 4_000_000  # bounds the bootstrap's weight matrix to 32 MB
 
 
@@ -238,9 +239,13 @@ def _percentile(value: float, resampled: Floats, tokens: Floats) -> Interval:
     normal, not Student's. The expanded percentile interval takes the quantiles at Phi(+-sqrt(n / (n - 1)) * t) instead
     (Hesterberg, The American Statistician 69:371-386, 2015). A token-weighted mean has fewer samples than it counts:
     n is Kish's effective size, (sum tokens)^2 / sum tokens^2.
+
+    No resample lies beyond the samples' own extremes, however far out the quantiles are taken. Of S samples without a
+    difference all lie on one side of 0 with probability 2^(1 - S): below 6 samples that alone is more than 5%, so there
+    are no bounds.
     """
     n = float(tokens.sum() ** 2 / (tokens**2).sum())
-    if n < 2:  # one sample resamples to itself: a width of 0 would claim certainty
+    if np.count_nonzero(tokens) < _FEWEST or n < 2:
         return Interval(value, -math.inf, math.inf)
     z, v = _Z95, n - 1
     student = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)  # Abramowitz & Stegun 26.7.5

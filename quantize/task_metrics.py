@@ -184,7 +184,9 @@ def _mean(
     }
     if not tasks:
         return whole, "no tasks were run: eval.tasks is empty"
-    return whole, "a mean needs two tasks whose metric is a share of 1" if len(counted) < 2 else None
+    if len(counted) < 2:
+        return whole, "a mean needs two tasks whose metric is a share of 1"
+    return whole, "too few samples for an interval" if any(whole[arm]["value"] is None for arm in arms) else None
 
 
 def _is_share(results: Results) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -159,8 +160,7 @@ def load_tasks(settings: Settings) -> dict[str, dict[str, Any]]:
         try:
             tasks = manager.load([_local(Path(spec)) if is_file(spec) else spec])["tasks"]
         except Exception as error:  # lm-eval and datasets raise whatever the task's file, its code or the network does
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"eval.tasks: {name} cannot be loaded: {reason[:400]}") from error
+            raise _unloadable(name, error) from error
         for leaf, task in tasks.items():
             _check_task(leaf, task)
             if settings.num_fewshot is not None and task.get_config("num_fewshot") != 0:
@@ -177,14 +177,15 @@ def load_tasks(settings: Settings) -> dict[str, dict[str, Any]]:
 
 
 def fingerprint(tasks: Mapping[str, Mapping[str, Any]], settings: Settings) -> str:
-    """Of all that decides the samples and their scoring: settings, task definitions, documents, lm-eval's version."""
-    from importlib.metadata import version
+    """Of all that decides the samples and their scoring: settings, task definitions, documents, lm-eval's version.
 
-    digest = hashlib.sha256(version("lm_eval").encode())
-    digest.update(json.dumps(asdict(settings)).encode())
+    Where local files lie is no part of it: a run may be finished on another machine.
+    """
+    digest = hashlib.sha256(_lm_eval_version().encode())
+    digest.update(json.dumps(asdict(settings) | {"names": list(tasks)}).encode())
     for name, leaves in tasks.items():
         for leaf, task in leaves.items():
-            definition = json.dumps([name, leaf, task.dump_config()], default=_plain, sort_keys=True)
+            definition = json.dumps([name, leaf, _without_folders(task.dump_config())], default=_plain, sort_keys=True)
             digest.update(re.sub("0x[0-9a-f]+", "", definition).encode())  # lm-eval writes some functions' addresses
             for number, document in enumerate(task.eval_docs):
                 if settings.limit is not None and number >= settings.limit:
@@ -194,17 +195,52 @@ def fingerprint(tasks: Mapping[str, Mapping[str, Any]], settings: Settings) -> s
 
 
 def definition_key(names: Sequence[str]) -> str:
-    """Of lm-eval's version, and of local tasks' files with what lies beside them; loads no task."""
-    from importlib.metadata import version
+    """Of lm-eval's version, and of local tasks' files with what lies beside them; loads no task and runs no code.
 
-    digest = hashlib.sha256(version("lm_eval").encode())
-    for spec in filter(is_file, expand(names).values()):
+    Raises:
+        UserError: a task's file cannot be read.
+    """
+    digest = hashlib.sha256(_lm_eval_version().encode())
+    for name, spec in expand(names).items():
+        if not is_file(spec):
+            continue
         path = Path(spec)
         files = {found for kind in ("*.yaml", "*.yml", "*.py") for found in path.parent.glob(kind)}
-        files |= set(_paths(_local(path).get("dataset_kwargs", {}).get("data_files")))
-        for file in sorted(files):
-            digest.update(file.name.encode() + (file.read_bytes() if file.is_file() else b""))
+        try:
+            files |= set(_paths((_local(path, code=False).get("dataset_kwargs") or {}).get("data_files")))
+            for file in sorted(files):
+                digest.update(file.name.encode() + (file.read_bytes() if file.is_file() else b""))
+        except Exception as error:  # whatever YAML's reader raises
+            raise _unloadable(name, error) from error
     return digest.hexdigest()[:16]
+
+
+def _unloadable(name: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"eval.tasks: {name} cannot be loaded: {reason[:400]}")
+
+
+def require_lm_eval() -> None:
+    """Raises UserError where lm-eval, an optional package, is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is None:
+        raise UserError("eval.tasks: lm-eval is not installed; pip install 'ongrid[eval]'")
+
+
+def _lm_eval_version() -> str:
+    from importlib.metadata import version
+
+    require_lm_eval()
+    return version("lm_eval")
+
+
+def _without_folders(definition: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's definition with its local files by name: what they hold is looked at by itself."""
+    arguments = dict(definition.get("dataset_kwargs") or {})
+    if "data_files" in arguments:
+        arguments["data_files"] = [file.name for file in _paths(arguments["data_files"])]
+    return {**definition, "dataset_kwargs": arguments}
 
 
 def _paths(files: Any) -> Iterator[Path]:
@@ -250,6 +286,8 @@ def run_tasks(
     def run(batch_size: int, leaves: Mapping[str, Any]) -> Any:
         # lm-eval's own search tries the model's longest context, of which a task needs a hundredth.
         lm.batch_size_per_gpu = batch_size
+        for task in leaves.values():  # a second try must draw the few-shot examples of the first
+            task.set_fewshot_seed(seed=settings.seed)
         with torch.inference_mode():
             return evaluate(
                 lm,
@@ -264,14 +302,21 @@ def run_tasks(
     for done, (name, leaves) in enumerate(tasks.items()):
         if progress is not None:
             progress(done, len(tasks))
-        first = settings.batch_size or (_LARGEST_BATCH if cuda else 8)
-        result = find_executable_batch_size(run, starting_batch_size=first)(leaves)
+        sizes = [settings.batch_size or (_LARGEST_BATCH if cuda else 8)]
+        search = find_executable_batch_size(run, sizes[0], lambda sizes=sizes: _halve(sizes))
+        result = search(leaves)
         rows = [row for leaf, task in leaves.items() for row in _rows(name, leaf, task, result["samples"][leaf])]
         pooled = len({(row.metric, row.higher_is_better) for row in rows}) == 1
         found += rows if pooled else [replace(row, name=row.task) for row in rows]
     if progress is not None:
         progress(len(tasks), len(tasks))
     return found
+
+
+def _halve(sizes: list[int]) -> int:
+    """The next batch size to try; accelerate's own takes a tenth off, and a task begins anew with each."""
+    sizes.append(sizes[-1] // 2)
+    return sizes[-1]
 
 
 def save_rows(rows: Sequence[Row], path: Path) -> None:
@@ -284,7 +329,7 @@ def save_rows(rows: Sequence[Row], path: Path) -> None:
         [(name, types[str(field.type).split(" ")[0]]) for name, field in Row.__dataclass_fields__.items()]
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two runs may fill one cache
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([asdict(row) for row in rows], schema=schema), temporary)
     temporary.replace(path)
 
@@ -300,17 +345,18 @@ def _manager(expanded: Mapping[str, str]) -> Any:
     """lm-eval's index of tasks; its own thousands (five seconds) only where one of them is asked for."""
     import logging
 
+    require_lm_eval()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=not all(map(is_file, expanded.values())))
 
 
-def _local(path: Path) -> dict[str, Any]:
-    """A local task's definition, with the files that lie beside it by their full paths."""
+def _local(path: Path, *, code: bool = True) -> dict[str, Any]:
+    """A local task's definition, with the files that lie beside it by their full paths; `code`: its functions, too."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    settings: dict[str, Any] = dict(load_yaml(path))
+    settings: dict[str, Any] = dict(load_yaml(path, resolve_func=code))
     if not isinstance(settings.get("task"), str):
         raise ValueError(f"{path} has no `task: NAME`; a group of local tasks is a list of their files")
     arguments = dict(settings.get("dataset_kwargs") or {})

@@ -10,18 +10,25 @@ from quantize.arms import format_accuracy, format_difference, format_loss, forma
 Metrics = Mapping[str, Any]
 
 _FEW_SAMPLES = 30
-_COMPARED = (("final", "ptq"), ("final", "control"), ("final", "tuned"), ("final", "base"))
+_COMPARED = (("final", "ptq"), ("final", "control"), ("final", "tuned"), ("final", "base"), ("tuned", "base"))
+_SUBJECTS = {
+    "final": "The shipped model (final",
+    "tuned": "The fine-tuned model (tuned",
+    "ptq": "The quantised control (ptq",
+}
 
 
 def verdict(metrics: Metrics) -> list[str]:
     """What the run shows, one sentence a finding."""
-    no_ptq = metrics["ptq"]["loss"] is None
+    no_ptq, no_final = metrics["ptq"]["loss"] is None, metrics["final"]["loss"] is None
+    control = f"the control in {metrics['dtype']} (control)"
     sentences = [
         *_finding(metrics, "final", "ptq", "the control quantised after training (ptq)"),
         *(_finding(metrics, "final", "tuned", "this run before quantisation (tuned)") if no_ptq else ()),
-        *_finding(metrics, "final", "control", "the 16-bit control (control)"),
+        *_finding(metrics, "final", "control", control),
         *_finding(metrics, "final", "base", "the untouched model (base)"),
-        *_finding(metrics, "ptq", "control", "the 16-bit control (control)"),
+        *(_finding(metrics, "tuned", "base", "the untouched model (base)") if no_final else ()),
+        *_finding(metrics, "ptq", "control", control),
         *_tasks(metrics),
     ]
     if metrics["recovered"] is not None:
@@ -35,9 +42,11 @@ def verdict(metrics: Metrics) -> list[str]:
     if not sentences:
         return ["Nothing was compared in this run."]
     few = metrics["n_samples"] < _FEW_SAMPLES
+    shown = [metrics[arm]["loss_interval"]["low"] for arm in ("tuned", "final") if metrics[arm]["loss"] is not None]
+    none = ", and too few for any of a loss" if None in shown else ""
     sentences.append(
         f"Intervals are about the choice of the {metrics['n_samples']} held-out samples, at one training seed"
-        + ("; with so few of them they are rough." if few else ".")
+        + (f"; with so few of them they are rough{none}." if few else ".")
     )
     return sentences
 
@@ -58,7 +67,8 @@ def _tasks(metrics: Metrics) -> Iterator[str]:
             for name, task in metrics["tasks"].items()
             if task["comparisons"][pair]["value"] is not None
         }
-        if not compared or (b == "tuned" and metrics["control"]["loss"] is not None):
+        known = {arm for arm in ("control", "final") if metrics[arm]["loss"] is not None}
+        if not compared or (b == "tuned" and "control" in known) or (a == "tuned" and "final" in known):
             continue
         mean = metrics["tasks_mean"]["comparisons"][pair]
         if mean["value"] is not None:
@@ -87,7 +97,7 @@ def _finding(metrics: Metrics, first: str, second: str, name: str) -> Iterator[s
     compared = metrics["comparisons"][f"{first}_vs_{second}"]
     if compared["loss"]["value"] is None:
         return
-    subject = "The shipped model (final" if first == "final" else f"The quantised control ({first}"
+    subject = _SUBJECTS[first]
     subject += ", simulated)" if metrics[first]["simulated"] else ")"
     loss, accuracy = compared["loss"], compared["accuracy"]
     a, b = metrics[first], metrics[second]
@@ -97,7 +107,7 @@ def _finding(metrics: Metrics, first: str, second: str, name: str) -> Iterator[s
     words = (
         _words(loss, "a lower loss than", "a higher loss than") or "a loss that these samples cannot tell from that of"
     )
-    yield f"{subject} has {words} {name}: {values}, 95% interval in brackets."
+    yield f"{subject} has {words} {name}: {values}{', 95% interval in brackets' * (loss['low'] is not None)}."
     values = (
         f"{format_accuracy(a['accuracy'])} against {format_accuracy(b['accuracy'])}, {format_points(accuracy)} points"
     )

@@ -98,7 +98,11 @@ def evaluate(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> di
     """Scores one checkpoint, quantised or not, or the simulation of its quantised form.
 
     Keys: model, dtype, data (parquet), batch_size, scores (parquet to write); optional simulate {scheme, target,
-    group_size, skip}, grid (the weights as trained), reference (a checkpoint to measure KL from), trust_remote_code.
+    group_size, skip}, grid (the weights as trained), reference (a checkpoint to measure KL from), trust_remote_code,
+    may_overflow (a loss that is no number is a result, too; its scores then hold it).
+
+    Raises:
+        UserError: the loss of a sample is not finite.
     """
     from quantize.convert import memory_bytes
     from quantize.evaluate import evaluate_model, read_samples, texts_of
@@ -109,7 +113,15 @@ def evaluate(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> di
         reference, _ = _load({**job, "model": job["reference"], "dtype": job.get("reference_dtype"), "simulate": None})
     samples = read_samples(Path(job["data"]))
     scores = evaluate_model(model, samples, batch_size=job["batch_size"], reference=reference, progress=progress)
+    broken = scores.broken
+    if broken and not job.get("may_overflow"):
+        raise UserError(
+            f"{job['name']}: the loss of {broken} of {len(samples)} held-out samples is NaN or infinite: the model's "
+            f"numbers overflow; {job.get('overflow_advice', 'look at its weights')}"
+        )
     scores.save(Path(job["scores"]), texts_of(samples, scores, _tokenizer(job).decode))
+    if broken:
+        return {"loss": None, "kl": None, "memory_bytes": memory_bytes(model)}
     return {"loss": scores.loss, "kl": scores.kl_per_token, "memory_bytes": memory_bytes(model)}
 
 

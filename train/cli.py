@@ -186,12 +186,14 @@ def _print_plan(config: Any) -> int:
 
 def _print_resume_plan(run: str, root: str, others: Sequence[str]) -> int:
     """The plan of a run that was begun, and which of its stages are done."""
+    from quantize.runs import refuse_finished
     from train.config_loading import load_config
     from train.rundir import RunDir
 
     if others:
         raise UserError(f"--resume continues a run as it was configured; leave out {' '.join(others)}")
     directory = RunDir.open(run, root)
+    refuse_finished(directory.path)
     code = _print_plan(load_config(directory.path / "config.resolved.json"))
     stages = directory.read_json("manifest.json").get("stages", {})
     done = [name for name, stage in stages.items() if stage.get("status") == "done"]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.finish import copy_atomically
+from quantize.evaluate import Scores
+from quantize.files import copy_atomically
 from quantize.gate import check_gap
+from quantize.hardware import describe_here
 from quantize.jobs import Job, task_rows_path
-from quantize.numerics import VERSION
+from quantize.runs import GATHERED_VERSION
 from quantize.worker import run_timings
 from train.stage_log import Tuned, fingerprint_of
 
@@ -26,6 +27,7 @@ class Evaluations:
         self.stages, self.config = stages, stages.config
         self.format, self.jobs, self.log = stages.format, stages.jobs, stages.log
         self.task_key = ""
+        self.computed_by = [describe_here(stages.plain_dtype), GATHERED_VERSION]
 
     def tasks(self, model: LocalModel) -> dict[str, Any]:
         """Loads the benchmarks, so that one that cannot be loaded ends the run before anything is trained."""
@@ -34,48 +36,46 @@ class Evaluations:
         from quantize.tasks import definition_key
 
         job = self.jobs.check_tasks(model.folder)
-        key = fingerprint_of(self.stages.model_key, job, definition_key(self.config.eval.tasks))
+        files = definition_key(self.config.eval.tasks)
+        key = fingerprint_of(self.stages.model_key, job, files)
         found = self.log.run("tasks", key, lambda: self.log.jobs("tasks", [job])[0])
-        self.task_key = found["fingerprint"]
+        # The fingerprint is of what lm-eval loaded; code beside a task, few-shot files and the template decide too.
+        self.task_key = fingerprint_of(found["fingerprint"], files, self.jobs.chat_template)
         return found
 
     def baseline(self, model: LocalModel, data: Prepared) -> dict[str, Any]:
-        """The model before fine-tuning, and quantised as it is; kept across runs."""
+        """The model before fine-tuning, kept across runs, and quantised as it is, across those of one format."""
         from quantize.convert import folder_bytes
 
-        manifest = self.stages.directory.read_json("manifest.json")
-        computed_by = [
-            manifest["device"],
-            *(manifest["packages"][name] for name in ("torch", "torchao", "transformers")),
-        ]
-        dtypes = [self.stages.merged_dtype, self.stages.plain_dtype]
-        settings = [*dtypes, self.config.eval.batch_size, computed_by, VERSION]
-        key = fingerprint_of(self.stages.model_key, self.stages.data_key, self.stages.format_key(), settings, "parquet")
-        store = self.stages.cache / "baseline" / key
-        jobs = [self.jobs.evaluate("base", model.folder, folder=store)]
+        plain = [self.stages.model_key, self.stages.data_key, self.stages.plain_dtype, self.config.eval.batch_size]
+        keys = {"base": fingerprint_of(plain, self.computed_by)}
         if self.format is not None:
-            jobs.append(self.jobs.simulate("base_quantized", model.folder, folder=store))
+            keys["base_quantized"] = fingerprint_of(keys["base"], self.stages.format_key(), self.stages.merged_dtype)
+        stores = {arm: self.stages.cache / "baseline" / f"{arm}-{key}" for arm, key in keys.items()}
+        jobs = [self.jobs.evaluate("base", model.folder, folder=stores["base"])]
+        if self.format is not None:
+            jobs.append(self.jobs.simulate("base_quantized", model.folder, folder=stores["base_quantized"]))
 
         def work() -> dict[str, Any]:
-            kept = [store / "result.json", *(Path(job["scores"]) for job in jobs)]
-            if not (self.config.eval.baseline_cache and all(path.is_file() for path in kept)):
-                results = self.log.jobs("baseline", jobs)
-                memory = {job["name"]: result["memory_bytes"] for job, result in zip(jobs, results, strict=True)}
-                (store / "result.json").write_text(json.dumps({"memory_bytes": memory}), encoding="utf-8")
+            kept = self.config.eval.baseline_cache
+            todo = [job for job in jobs if not (kept and Path(job["scores"]).is_file())]
+            if todo:
+                self.log.jobs("baseline", todo)
             for job in jobs:
                 copy_atomically(Path(job["scores"]), self.jobs.scores(job["name"]))
-            stored: dict[str, Any] = json.loads((store / "result.json").read_text(encoding="utf-8"))
-            return stored | {"disk_bytes": folder_bytes(model.folder)}
+            return {"disk_bytes": folder_bytes(model.folder)}
 
-        result = self.log.run("baseline", key, work, makes=[self.jobs.scores(job["name"]) for job in jobs])
+        makes = [self.jobs.scores(job["name"]) for job in jobs]
+        result = self.log.run("baseline", fingerprint_of(keys), work, makes=makes)
         for job in jobs:
-            self._benchmark(job, key, store / self.task_key)
+            arm = job["name"]
+            self._benchmark(job, keys[arm], stores[arm] / self.task_key)
         return result
 
     def arms(self, data: Prepared, control: Tuned | None, tuned: Tuned) -> dict[str, Any]:
         """control, ptq (the control quantised), tuned, and this run's merged weights fake-quantised."""
         computed = [self.stages.plain_dtype, self.format is not None and self.format.simulated]
-        upstream = [computed, control and control.result, tuned.result]
+        upstream = [computed, self.computed_by, control and control.result, tuned.result]
         key = fingerprint_of(self.stages.data_key, self.stages.format_key(), *upstream)
         jobs = [self.jobs.evaluate("tuned", tuned.merged)]
         if self.format is not None:
@@ -99,7 +99,7 @@ class Evaluations:
         """What ships, reloaded from disk in a fresh process, and the proof that it is what was trained."""
         if self.format is None:
             return {}
-        upstream = [tuned.result, shipped, control and control.result]
+        upstream = [self.computed_by, tuned.result, shipped, control and control.result]
         key = fingerprint_of(self.stages.data_key, self.stages.format_key(), *upstream)
 
         def work() -> dict[str, Any]:
@@ -127,11 +127,11 @@ class Evaluations:
             measured = run_timings(lambda: self.log.jobs("cost", self.jobs.cost(tuned.merged)))
             return {"measured": measured, "failed": any("failed" in found for found in measured)}
 
-        return self.log.run("cost", fingerprint_of(tuned.result, shipped, batches, METHOD), work)
+        return self.log.run("cost", fingerprint_of(self.computed_by, tuned.result, shipped, batches, METHOD), work)
 
     def benchmarks(self, control: Tuned | None, tuned: Tuned, shipped: dict[str, Any]) -> None:
         """The tasks on every arm that was trained, each a step of its own: it may take hours."""
-        upstream = [self.stages.format_key(), self.stages.plain_dtype]
+        upstream = [self.computed_by, self.stages.format_key(), self.stages.plain_dtype]
         jobs = [(self.jobs.evaluate("tuned", tuned.merged), tuned.result)]
         if control is not None:
             jobs.append((self.jobs.evaluate("control", control.merged), control.result))
@@ -146,7 +146,7 @@ class Evaluations:
 
     def _benchmark(self, job: Job, key: str, store: Path | None = None) -> None:
         """Runs the tasks on one arm; results in `store` are shared by the runs of one root."""
-        if not self.task_key:
+        if not self.task_key or (job["may_overflow"] and Scores.load(self.jobs.scores(job["name"])).broken):
             return
         rows = task_rows_path(self.stages.directory.path, job["name"])
         kept = rows if store is None else store / rows.name

@@ -55,12 +55,9 @@ def check_tasks(settings: EvalConfig) -> None:
     """Tasks that lm-eval does not know; their data is loaded later, still before training."""
     if not settings.tasks:
         return
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise UserError("eval.tasks: lm-eval is not installed; pip install 'ongrid[eval]'") from error
-    from quantize.tasks import check_names
+    from quantize.tasks import check_names, require_lm_eval
 
+    require_lm_eval()
     check_names(settings.tasks)
 
 

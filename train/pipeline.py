@@ -71,11 +71,13 @@ def resume(run: str, overrides: Sequence[str] = (), *, argv: Sequence[str] = (),
 
 
 def _run_in(directory: RunDir, config: RunConfig, argv: Sequence[str], sinks: Sequence[Sink] | None) -> RunResult:
+    from quantize.runs import refuse_finished
     from train.evaluations import Evaluations
     from train.signals import StopRequest
     from train.stages import Stages
     from train.tracking import open_sinks
 
+    refuse_finished(directory.path)
     with (
         directory.lock(),
         open_sinks(config, directory, sinks) as events,

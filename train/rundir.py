@@ -16,7 +16,7 @@ from typing import Any
 
 from quantize.convert import sync_folder
 from quantize.errors import UserError
-from quantize.finish import write_atomically
+from quantize.files import read_mapping, write_atomically
 
 
 def default_name(config_name: str, resolved: dict[str, Any]) -> str:
@@ -53,7 +53,7 @@ class RunDir:
         path = Path(root).expanduser() / name
         settings = path / "config.resolved.json"
         if settings.is_file():
-            if json.loads(settings.read_text(encoding="utf-8")) != resolved:
+            if read_mapping(settings) != resolved:
                 raise UserError(
                     f"run.name: {path} holds another run; choose another run.name, or: {cls(path).resume_command}"
                 )
@@ -106,9 +106,9 @@ class RunDir:
         """Writes a JSON file; NaN and infinity are refused."""
         self.write_text(name, json.dumps(value, indent=1, allow_nan=False))
 
-    def read_json(self, name: str) -> Any:
-        """Reads a JSON file."""
-        return json.loads((self.path / name).read_text(encoding="utf-8"))
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Reads a JSON file of the run. Raises UserError where it is damaged."""
+        return read_mapping(self.path / name)
 
     @contextmanager
     def commit_folder(self, final: Path) -> Iterator[Path]:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.finish import GATHERED_VERSION
 from quantize.jobs import Jobs
+from quantize.runs import GATHERED_VERSION
 from quantize.schemes import find_scheme
 from train.events import Event, Sinks
 from train.stage_log import Format, StageLog, Tuned, fingerprint_of
@@ -108,7 +108,7 @@ class Stages:
     @property
     def cache(self) -> Path:
         """Shared by the runs of one root: converted models, baselines."""
-        return Path(self.config.run.root) / ".cache"
+        return self.directory.path.resolve().parent / ".cache"
 
     def tokenizer(self, folder: Path) -> Any:
         """The model's tokenizer, with the configured chat template."""
@@ -228,7 +228,8 @@ class Stages:
         cost: dict[str, Any],
     ) -> tuple[dict[str, Any], str]:
         """metrics.json, report.md, report.html."""
-        from quantize.finish import write_report
+        from quantize.hardware import describe_here
+        from quantize.run_report import write_report
 
         manifest = self.directory.read_json("manifest.json")
         chosen = self.format
@@ -241,7 +242,6 @@ class Stages:
             "data": self.config.data.train,
             "recipe": self.config.model_dump(mode="json", include={"qat", "lora", "fake_quant", "train", "quantize"}),
             "versions": manifest["packages"],
-            "device": str(manifest["device"]),
             "losses": {arm: self.directory.training_losses(arm) for arm in ("tuned", "control")},
             "seconds": {name: entry["seconds"] for name, entry in manifest["stages"].items() if "seconds" in entry},
             "format": None if chosen is None else {**chosen.job(), "missing": list(chosen.missing)},
@@ -249,6 +249,7 @@ class Stages:
             "control": control is not None,
             "control_asked": self.config.eval.control,
             "dtype": self.merged_dtype,
+            "trained_on": describe_here(self.plain_dtype),
             "trust_remote_code": self.config.model.trust_remote_code,
             "batch_size": self.config.eval.batch_size,
             **self.jobs.task_settings(),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize.errors import UserError
 from quantize.evaluate import read_samples
 from quantize.grid import save_grid
 from train.data import template_text
@@ -98,6 +100,9 @@ class Tuning:
 
         Args:
             samples: held-out samples, on which the run's own fine-tuning is measured in the backend's graph.
+
+        Raises:
+            UserError: that loss is not finite.
         """
         learner = self.learner or self._build(self.adapter)
         if learner.prepared is not None:
@@ -105,6 +110,11 @@ class Tuning:
         loss = None
         if self.arm == "tuned":
             loss = backend_loss(learner, read_samples(samples), self.config.eval.batch_size)
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the fine-tuned model's loss on the held-out samples is {loss}: its numbers overflow; start a new "
+                    "run with a lower train.learning_rate or with model.dtype float32"
+                )
         if learner.prepared is not None and self.config.fake_quant.placement == "inside":
             with self.directory.commit_folder(self.directory.path / "grid") as folder:
                 save_grid(folder, learner.prepared.grid())

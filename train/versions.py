@@ -16,21 +16,14 @@ _PACKAGES = (
 
 def provenance() -> dict[str, Any]:
     """git, packages, python and device, as the manifest stores them."""
+    from quantize.hardware import describe_device
+
     return {
         "git": _git(),
         "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
         "python": platform.python_version(),
         "device": describe_device(),
     }
-
-
-def describe_device() -> str:
-    """The machine in words: GPU, or processor and threads."""
-    import torch
-
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def _version(name: str) -> str | None:

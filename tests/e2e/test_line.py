@@ -107,15 +107,23 @@ def test_tasks_run_on_every_arm_and_their_results_lie_side_by_side(runs: Any) ->
         assert words in report
     assert (run / "plots" / "forest.png").stat().st_size > 1000
     shared = runs.root / ".cache" / "baseline"
-    before = {path: path.stat().st_mtime_ns for path in shared.rglob("*.tasks.parquet")}
+
+    def kept(arm: str) -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in shared.glob(f"{arm}-*/**/*.parquet")}
+
+    before = kept("base"), kept("base_quantized")
+    assert all(before)
     again = runs.finish(*TINY, *options, "--run.name=tasks-again", "--train.learning-rate=2e-3")
-    assert before == {path: path.stat().st_mtime_ns for path in shared.rglob("*.tasks.parquet")}
+    assert (kept("base"), kept("base_quantized")) == before
     assert runs.metrics(again)["tasks"]["choices"]["base"] == metrics["tasks"]["choices"]["base"]
+    other = runs.finish(*TINY, *options, "--run.name=tasks-groups", "--quantize.skip=o_proj", "--eval.control=False")
+    assert kept("base") == before[0] and kept("base_quantized").items() > before[1].items()
+    assert runs.metrics(other)["tasks"]["choices"]["base"] == metrics["tasks"]["choices"]["base"]
 
 
 def test_a_timing_that_fails_costs_its_section_not_the_report(finished: Path, tmp_path: Path, monkeypatch: Any) -> None:
     from quantize import cost, worker
-    from quantize.finish import write_report
+    from quantize.run_report import write_report
 
     def fails(model: Any, batches: Any, compiled: bool) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 TiB\nand more")

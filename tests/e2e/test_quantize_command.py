@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from quantize.cli import main
+from quantize.compare import compare_runs
 from quantize.errors import UserError
-from quantize.finish import write_report
+from quantize.run_report import write_report
 from quantize.schemes import SCHEMES
 
 
@@ -127,6 +128,103 @@ def test_a_run_that_was_simulated_is_finished_where_its_target_runs(finished: Pa
     after, whole = runs.metrics(run), runs.metrics(finished)
     assert not after["simulated"] and after["train_ship_gap"] == 0.0
     assert after == whole
+    refused = runs.train("--resume", str(run))
+    assert refused.returncode == 2 and "was taken up by `quantize convert`; measure it anew" in refused.stderr
+
+
+def test_a_run_from_another_machine_is_measured_anew_where_it_is_finished(
+    finished: Path, runs: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "moved"
+    shutil.copytree(finished, run)
+    gathered = json.loads((run / "gathered.json").read_text())
+    there = {"device": "an abacus", "dtype": "bfloat16", "packages": {"torch": "0.1"}}
+    (run / "gathered.json").write_text(json.dumps(gathered | {"trained_on": there}))
+    for arm in ("control", "ptq", "tuned"):
+        (run / "eval" / f"{arm}.parquet").write_bytes(b"of another machine")
+    done = runs.quantize("convert", str(run), "--target", "cpu")
+    assert done.returncode == 0, done.stderr[-2000:]
+    after, whole = runs.metrics(run), runs.metrics(finished)
+    assert after["elsewhere"] == {"arms": ["base", "base_quantized"], **there}
+    assert {key: after[key] for key in ("control", "ptq", "tuned", "final", "backend_gap", "recovered")} == {
+        key: whole[key] for key in ("control", "ptq", "tuned", "final", "backend_gap", "recovered")
+    }
+    report = (run / "report.md").read_text()
+    assert (
+        "were measured where the run was trained (an abacus, in bfloat16, torch 0.1; what is quantised simulated)"
+        in report
+    )
+    assert "threads; trained on an abacus |" in report
+
+
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        ("control/merged", "lacks control/merged/config.json; copy the whole run directory"),
+        ("grid", "lacks grid; copy the whole run directory"),
+        ("eval/base.parquet", "lacks eval/base.parquet; copy the whole run directory"),
+        ("gathered.json", "; renew it with: train --resume"),
+    ],
+)
+def test_a_run_that_came_here_in_part_is_refused_before_the_first_step(
+    gone: str, said: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "part"
+    shutil.copytree(finished, run)
+    if gone == "gathered.json":
+        (run / gone).write_text("")
+    elif (run / gone).is_dir():
+        shutil.rmtree(run / gone)
+    else:
+        (run / gone).unlink()
+    before = (run / "quantized" / "config.json").stat().st_mtime_ns
+    assert main(["convert", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+    assert (run / "quantized" / "config.json").stat().st_mtime_ns == before
+
+
+def test_an_arm_that_overflows_is_a_row_with_its_reason(finished: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from quantize.evaluate import Scores
+
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    path = run / "eval" / "ptq.parquet"
+    scores = Scores.load(path)
+    nll = scores.nll.copy()
+    nll[3:5] = float("nan")
+    replace(scores, nll=nll).save(path)
+    metrics, report = write_report(run, json.loads((run / "gathered.json").read_text()))
+    reason = "quantised to int8-int4 its numbers overflow: the loss of 2 held-out samples is NaN or infinite"
+    assert metrics["ptq"]["loss"] is None and metrics["why"]["ptq"] == reason
+    assert f"ptq: {reason}" in report and metrics["final"]["loss"] is not None
+
+
+@pytest.mark.parametrize("arm", ["base", "ptq"])
+def test_a_model_that_computes_nan_is_named_or_has_no_loss(arm: str, finished: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from quantize.jobs import Jobs
+    from quantize.worker import evaluate
+
+    broken = tmp_path / "model"
+    shutil.copytree(finished / "merged", broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    common = {"dtype": "float32", "plain_dtype": "float32", "batch_size": 8, "trust_remote_code": False}
+    nothing = {"format": None, "inside": False, "tasks": None, "chat_template": None, "cost_batches": ()}
+    jobs = Jobs(run=finished, **common, **nothing)  # type: ignore[arg-type]
+    job = jobs.evaluate(arm, broken, folder=tmp_path)
+    if arm == "ptq":
+        assert evaluate(job, lambda done, total: None)["loss"] is None
+    else:
+        with pytest.raises(
+            UserError, match=r"base: the loss of \d+ of \d+ held-out samples is NaN .* the checkpoint is"
+        ):
+            evaluate(job, lambda done, total: None)
 
 
 def test_an_adapter_trained_outside_is_never_said_to_ship_as_trained(finished: Path, tmp_path: Path) -> None:
@@ -199,12 +297,34 @@ def test_runs_are_compared_on_one_page_in_pairs(finished: Path, runs: Any, tmp_p
     assert "<svg" in (output / "report.html").read_text() and (output / "plots" / "size.png").is_file()
 
 
+def test_the_same_samples_in_another_order_are_paired_and_equal_names_told_apart(
+    finished: Path, tmp_path: Path
+) -> None:
+    """Another seed shuffles the held-out samples."""
+    import pyarrow.parquet
+
+    other = tmp_path / "elsewhere" / finished.name
+    for name in ("metrics.json", "manifest.json", "config.resolved.json", "eval/final.parquet"):
+        (other / name).parent.mkdir(parents=True, exist_ok=True)
+        (other / name).write_bytes((finished / name).read_bytes())
+    path = other / "eval" / "final.parquet"
+    table = pyarrow.parquet.read_table(path)
+    pyarrow.parquet.write_table(table.take(list(reversed(range(table.num_rows)))), path)
+    (tmp_path / "elsewhere" / "begun").mkdir()
+    (tmp_path / "elsewhere" / "begun" / "manifest.json").write_text("{}")
+    text = compare_runs([str(finished), str(tmp_path / "elsewhere")], str(tmp_path), tmp_path / "page")
+    assert f"Not told apart from {finished.parent.name}/{finished.name} by these samples: elsewhere/" in text
+    assert "| +0.0000 [+0.0000, +0.0000] |" in text
+    assert "Left out, as they are not finished: begun." in text
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         ("metrics.json", "cannot be read"),
         ("loss", "is damaged or of another version"),
-        ("samples", "cannot be read"),
+        ("samples", "final.parquet cannot be read"),
+        ("tasks", "final.tasks.parquet cannot be read"),
         ("unfinished", "is not finished; continue it with: train --resume"),
         ("alone", "compare needs two runs or more"),
         ("nowhere", "is neither a run nor a folder of runs"),
@@ -221,6 +341,9 @@ def test_what_cannot_be_compared_is_said(damage: str, said: str, finished: Path,
             (copy / "metrics.json").write_text('{"final": {')
         case "loss":
             (copy / "metrics.json").write_text('{"final": {"loss": null}, "tuned": {}}')
+        case "tasks":
+            metrics = json.loads((copy / "metrics.json").read_text()) | {"tasks": {"choices": {}}}
+            (copy / "metrics.json").write_text(json.dumps(metrics))
         case "samples":
             (copy / "eval" / "final.parquet").write_bytes(b"PAR1")
         case "unfinished":

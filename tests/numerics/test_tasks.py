@@ -22,6 +22,7 @@ from quantize.tasks import (
     Settings,
     check_names,
     count_samples,
+    definition_key,
     expand,
     fingerprint,
     load_rows,
@@ -156,7 +157,7 @@ def test_rows_survive_the_file(folder: Path, tmp_path: Path) -> None:
 
 def test_the_fingerprint_follows_samples_settings_and_definition(folder: Path, tmp_path: Path) -> None:
     def of(home: Path, **changes: Any) -> str:
-        settings = replace(_settings(home, "choices"), names=["choices.yaml"], **changes)
+        settings = _settings(home, "choices", **changes)
         return fingerprint(load_tasks(_settings(home, "choices")), settings)
 
     first = of(folder)
@@ -164,6 +165,48 @@ def test_the_fingerprint_follows_samples_settings_and_definition(folder: Path, t
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | {"answer": 1}) + "\n" for row in ROWS))
     (tmp_path / "choices.yaml").write_text((folder / "choices.yaml").read_text())
     assert of(tmp_path) != first
+
+
+def test_where_a_task_lies_is_no_part_of_it_but_what_lies_beside_it_is(folder: Path, tmp_path: Path) -> None:
+    homes = tmp_path / "here", tmp_path / "there"
+    for home in homes:
+        home.mkdir()
+        for name in ("choices.yaml", "rows.jsonl"):
+            (home / name).write_bytes((folder / name).read_bytes())
+    settings = [_settings(home, "choices") for home in homes]
+    assert len({fingerprint(load_tasks(each), each) for each in settings}) == 1
+    keys = [definition_key(each.names) for each in settings]
+    assert keys[0] == keys[1]
+    (homes[0] / "scoring.py").write_text("raise SystemExit('code of a task is not run to look at it')")
+    assert definition_key(settings[0].names) != keys[1]
+
+
+def test_a_second_try_with_a_smaller_batch_draws_the_same_examples(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lm_eval.evaluator
+
+    settings = replace(_settings(folder, "choices", num_fewshot=2), batch_size=4)
+    whole = run_tasks(_model(None), byte_tokenizer(), load_tasks(settings), settings)
+    evaluate, tried = lm_eval.evaluator.evaluate, []
+
+    def short_of_memory(lm: Any, *args: Any, **options: Any) -> Any:
+        tried.append(lm.batch_size_per_gpu)
+        result = evaluate(lm, *args, **options)
+        if lm.batch_size_per_gpu == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return result
+
+    monkeypatch.setattr(lm_eval.evaluator, "evaluate", short_of_memory)
+    again = run_tasks(_model(None), byte_tokenizer(), load_tasks(settings), settings)
+    assert tried == [4, 2] and [row.prompt for row in again] == [row.prompt for row in whole]
+
+
+@pytest.mark.parametrize("text", ["task: [", "dataset_kwargs:", "- choices"])
+def test_a_broken_file_of_a_task_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "choices.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"eval\.tasks: choices cannot be loaded: "):
+        definition_key([str(tmp_path / "choices.yaml")])
 
 
 def test_all_13_tasks_of_the_releases_are_known_without_a_network() -> None:

@@ -19,6 +19,7 @@ from quantize.plots import draw_plots
 from quantize.report import ReportContext, arm_rows, render_html, render_markdown, verdict
 from quantize.schemes import SCHEMES
 from quantize.tasks import Row
+from quantize.verdict import why
 
 CONTRACT = [
     *(f"{arm}.{key}" for arm in ARMS for key in ("loss", "accuracy", "perplexity", "vs_base.loss.value", "simulated")),
@@ -27,6 +28,7 @@ CONTRACT = [
     *("coverage.quantized_fraction", "coverage.skipped", "scheme", "target", "simulated", "missing", "finish_command"),
     *("kl.final_top1", "kl.ptq", "kl.final_interval.low", "tasks", "tasks_mean.final.value", "sqnr.worst_db", "layers"),
     *("comparisons.final_vs_ptq.loss.high", "comparisons.final_vs_control.mcnemar_p", "n_samples", "n_tokens", "why"),
+    *("comparisons.tuned_vs_base.loss.low", "dtype", "elsewhere.arms", "elsewhere.device", "elsewhere.dtype"),
 ]
 
 
@@ -97,6 +99,7 @@ def build(**changes: Any) -> dict[str, Any]:
         "coverage": {"quantized_fraction": 1.0, "skipped": {"lm_head": "kept in 16 bit by the scheme"}},
         "scheme": "int8-int4",
         "target": "cpu",
+        "dtype": "float32",
         "simulated": False,
         "missing": [],
         "finish_command": None,
@@ -209,6 +212,19 @@ def test_one_sample_has_numbers_but_no_intervals() -> None:
     assert "cannot tell" in verdict(metrics)[0]
 
 
+def test_what_few_samples_leave_open_is_said_to_be_for_their_number() -> None:
+    arms = {arm: scores(shift, 0.5, 4) for arm, shift in (("control", 0.1), ("ptq", 0.5), ("final", 0.2))}
+    few = {arm: [replace(row, value=0.5 * row.value) for row in rows[:4]] for arm, rows in task_rows().items()}
+    few = {arm: [*rows, *(replace(row, name="more") for row in rows)] for arm, rows in few.items() if arm in arms}
+    metrics = build(arms=arms, task_rows=few)
+    keys = ("final.loss_interval.low", "kl.final_interval.low", "kl.ptq_top1_interval.high", "recovered_interval.low")
+    for key in (*keys, "tasks_mean.final.value", "tasks.more.final.low"):
+        assert lookup(metrics, key) is None and why(metrics, key) == "too few samples for an interval", key
+    said = verdict(metrics)
+    assert "brackets" not in said[0] and said[0].endswith("nats per answer token.")
+    assert said[-1].endswith("with so few of them they are rough, and too few for any of a loss.")
+
+
 def test_bad_arguments_are_refused() -> None:
     bad = FakeScores(np.array([math.nan, 1.0, math.inf]), np.array([1, 1, 1]), np.array([False] * 3))
     with pytest.raises(UserError, match="final: the loss of 2 of 3"):
@@ -305,6 +321,62 @@ def test_tasks_on_other_samples_are_refused_and_a_task_without_numbers_says_why(
     metrics = build(task_rows=empty)
     assert unexplained(metrics) == []
     assert "nothing to pair" in render_markdown(metrics, ReportContext(run="x"))
+
+
+def test_a_fine_tune_without_a_format_is_compared_with_what_it_began_with() -> None:
+    rows = task_rows()
+    rows = {"base": rows["base"], "tuned": rows["control"]}
+    arms = {name: ALL_ARMS[name] for name in ("base", "tuned")}
+    metrics = build(arms=arms, task_rows=rows, scheme=None, target=None, train_ship_gap=None, coverage={})
+    first, *others = verdict(metrics)
+    assert first.startswith("The fine-tuned model (tuned) has a lower loss than the untouched model (base)")
+    assert "Task by task, tuned is better on spelling, text than base (Holm-adjusted p < 0.05, 2 tasks)." in others
+    text = render_markdown(metrics, ReportContext(run="x", plots=draw_plots(metrics, {})))
+    assert "tuned - base [95%]" in text and "| spelling | acc | 60 | 33.3 | 83.3 | +50.0 [" in text
+    assert "tuned minus base, percentage points" in text and "final - " not in text
+    assert not any("tuned" in sentence for sentence in verdict(build()))  # beside a shipped model it says nothing new
+
+
+def test_a_task_that_an_arm_lacks_says_why() -> None:
+    rows = task_rows()
+    metrics = build(arms=ALL_ARMS | {"control": None}, why={"control": "left out"}, task_rows={"final": rows["final"]})
+    line = next(line for line in render_markdown(metrics, ReportContext(run="x")).splitlines() if "| spelling" in line)
+    assert line == "| spelling | acc | 60 | 81.7 | not measured in this run | - |"
+
+
+def _cost(prefill: float, decode: dict[str, float], peak: float) -> dict[str, Any]:
+    facts = {"graph": False, "compiled": False, "prompt_tokens": 256}
+    return {"prefill_tokens_per_s": prefill, "decode_ms": decode, "peak_mib": peak, **facts}
+
+
+def test_the_cost_names_its_dtype_and_what_is_saved_only_where_it_is() -> None:
+    plain = _cost(500.0, {"1": 50.0, "8": 80.0}, 1000.0)
+    text = render_markdown(build(cost=[plain, _cost(300.0, {"1": 99.0, "8": 40.0}, 800.0)]), ReportContext(run="x"))
+    assert "| tuned, in float32 | final, as shipped |" in text and "16 bit" not in text.replace("kept in 16 bit", "")
+    assert (
+        "At batch 1 the shipped format decodes slower here than float32; what it saves there is memory and disk" in text
+    )
+    size = {"base_mib": 100.0, "tuned_mib": 100.0, "final_mib": 99.0}
+    nothing_saved = build(cost=[plain, _cost(300.0, {"1": 99.0, "8": 40.0}, 1100.0)], size=size)
+    text = render_markdown(nothing_saved, ReportContext(run="x"))
+    assert "decodes slower here than float32." in text and "saves" not in text
+
+
+def test_arms_that_were_measured_on_another_machine_are_named() -> None:
+    elsewhere = {
+        "arms": ("base", "base_quantized"),
+        "device": "x86_64 CPU, 2 threads",
+        "dtype": "float32",
+        "packages": {"torch": "2.13"},
+    }
+    metrics = build(elsewhere=elsewhere, dtype="bfloat16")
+    assert unexplained(metrics) == []
+    text = render_markdown(metrics, ReportContext(run="x"))
+    assert "base and base_quantized were measured where the run was trained (x86_64 CPU, 2 threads, in float32" in text
+    assert (
+        "in float32, torch 2.13; what is quantised simulated), the others where it was finished (in bfloat16)" in text
+    )
+    assert "were measured where" not in render_markdown(build(), ReportContext(run="x"))
 
 
 def test_the_worst_layer_is_named() -> None:

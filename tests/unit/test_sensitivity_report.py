@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from quantize.sensitivity_report import Subject, _command
+from quantize.sensitivity_report import Subject, _command, _verdict
 
 TRAINED = {"scheme": "int8-int4", "target": "cpu", "group_size": 32, "skip": ["v_proj"], "missing": []}
 
@@ -53,3 +53,18 @@ def test_a_checkpoint_is_converted_in_the_format_that_was_scanned() -> None:
     subject = _subject(model=Path("models/mine"), name="mine", trained=None)
     expected = "quantize convert models/mine --scheme int4 --target cpu --group-size 64 --skip q_proj down_proj"
     assert _command(subject, form, ["q_proj", "down_proj"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"value": -0.1, "low": None, "high": None}, "5 samples to confirm a proposal on are too few for an interval"),
+        ({"value": -0.1, "low": -0.3, "high": 0.1}, "that a first step lowers it is not shown on these samples"),
+    ],
+)
+def test_nothing_is_proposed_with_its_reason(change: dict[str, float | None], said: str) -> None:
+    found = {
+        "format": {"scheme": "int4"}, "all": {"kl": {"value": 0.2, "low": None, "high": None}}, "proposal": [],
+        "sets": [{"skip": ["v_proj"], "kl_change": change}], "n_samples": {"groups": 5, "sets": 5},
+    }  # fmt: skip
+    assert f"Nothing is proposed: {said}." in _verdict(found)

@@ -73,6 +73,17 @@ def test_paired_loss_difference_covers_the_truth(samples: int) -> None:
     assert np.mean([i.low > 0.1 or i.high < 0.1 for i in intervals]) <= 0.07
 
 
+@pytest.mark.parametrize("samples", [2, 5, 6, 10])
+def test_few_samples_claim_nothing_or_as_rarely_as_they_should(samples: int) -> None:
+    claims = []
+    for seed in range(400):
+        a, b, _ = _paired_losses(seed, samples=samples, difference=0.0)
+        found = paired_loss_difference(a, b, np.full(samples, 10), resamples=500)
+        assert np.isfinite(found.high) == (samples >= 6)
+        claims.append(found.excludes_zero)
+    assert np.mean(claims) <= (0.12 if samples >= 6 else 0.0)  # few samples stay rough, and the report says so
+
+
 @pytest.mark.parametrize(("p_a", "p_b", "samples"), [(0.5, 0.4, 100), (0.03, 0.03, 100), (0.9, 0.7, 40)])
 def test_paired_accuracy_difference_covers_the_truth(p_a: float, p_b: float, samples: int) -> None:
     covered, alone = [], []

@@ -35,7 +35,7 @@ METRICS: dict[str, Any] = {
 }
 NOTHING: dict[str, Any] = {
     "arms": {}, "why": {}, "train_ship_gap": None, "backend_gap": None, "reference": None, "size": {}, "coverage": {},
-    "scheme": None, "target": None, "simulated": False,
+    "scheme": None, "target": None, "dtype": "float32", "simulated": False,
 }  # fmt: skip
 
 
