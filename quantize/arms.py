@@ -77,6 +77,15 @@ def format_value(interval: Mapping[str, float | None], digits: int, *, factor: f
     return _with_interval(interval, factor, digits, sign="")
 
 
+def format_divergence(interval: Mapping[str, float | None], sign: str = "") -> str:
+    """Three digits that count, `0.0226 [0.0183, 0.028]`: divergences span decades."""
+    value, low, high = interval["value"], interval["low"], interval["high"]
+    if value is None:
+        return "-"
+    bounds = "" if low is None or high is None else f" [{low:{sign}.3g}, {high:{sign}.3g}]"
+    return f"{value:{sign}.3g}{bounds}"
+
+
 def format_size(mib: float | None) -> str:
     """MiB, a dash where unknown."""
     return "-" if mib is None else f"{mib:,.1f}"

@@ -14,6 +14,7 @@ from quantize.arms import (
     arm_rows,
     format_accuracy,
     format_difference,
+    format_divergence,
     format_loss,
     format_points,
     format_size,
@@ -168,7 +169,7 @@ def _distance(metrics: Metrics, arm: str) -> str:
     if kl[arm] is None:
         return f"KL divergence of {arm} from the unquantised model: not known ({why(metrics, f'kl.{arm}')})"
     bounds, top1 = kl[f"{arm}_interval"], kl[f"{arm}_top1_interval"]
-    divergence = format_value({"value": kl[arm], **bounds}, 4)
+    divergence = format_divergence({"value": kl[arm], **bounds})
     agreement = format_value({"value": kl[f"{arm}_top1"], **top1}, 1, factor=100)
     return (
         f"KL({kl['reference']} || {arm}{mark}): {divergence} nats per answer token; "

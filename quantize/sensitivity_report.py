@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.arms import format_difference
+from quantize.arms import format_difference, format_divergence
 from quantize.document import Block, Code, Figure, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
 from quantize.errors import UserError
 from quantize.files import write_atomically
@@ -191,10 +191,11 @@ def _sets_section(found: Mapping[str, Any]) -> Iterator[Block]:
         "brackets. A larger set is proposed only where its step from the one above it is shown. Sizes are nominal: a "
         "16-bit scale a group."
     )
-    rows = [("nothing", f"{found['all']['mib']:,.1f}", "", _nats(found["all"]["kl"]), "", "", "")]
+    rows = [("nothing", f"{found['all']['mib']:,.1f}", "", format_divergence(found["all"]["kl"]), "", "", "")]
     rows += [
-        (", ".join(each["skip"]), f"{each['mib']:,.1f}", f"{each['growth']:+.1%}", _nats(each["kl"]),
-         _nats(each["kl_change"], "+"), _nats(each["kl_step"], "+"), format_difference(each["loss_change"]))
+        (", ".join(each["skip"]), f"{each['mib']:,.1f}", f"{each['growth']:+.1%}", format_divergence(each["kl"]),
+         format_divergence(each["kl_change"], "+"), format_divergence(each["kl_step"], "+"),
+         format_difference(each["loss_change"]))
         for each in found["sets"]
     ]  # fmt: skip
     header = ("kept", "MiB", "growth", "KL [95%]", "change [95%]", "step [95%]", "loss, change [95%]")
@@ -210,7 +211,7 @@ def _groups_section(found: Mapping[str, Any]) -> Iterator[Block]:
     for way in dict.fromkeys(row["way"] for row in found["groups"]):
         groups = [row for row in found["groups"] if row["way"] == way]
         rows = [
-            (row["name"], str(len(row["layers"])), f"{row['weights']:,}", _nats(row["kl"]),
+            (row["name"], str(len(row["layers"])), f"{row['weights']:,}", format_divergence(row["kl"]),
              format_difference(row["loss"]), f"{row['excess']:.1f}")
             for row in groups[:_ROWS]
         ]  # fmt: skip
@@ -222,11 +223,11 @@ def _groups_section(found: Mapping[str, Any]) -> Iterator[Block]:
 
 def _verdict(found: Mapping[str, Any]) -> str:
     form = found["format"]["scheme"]
-    cost = f"Quantising everything to {form} moves the model {_nats(found['all']['kl'])} nats a token from "
+    cost = f"Quantising everything to {form} moves the model {format_divergence(found['all']['kl'])} nats a token from "
     cost += "what it was (KL divergence)."
     if found["proposal"]:
         best = next(each for each in found["sets"] if each["skip"] == found["proposal"])
-        change, names = _nats(best["kl_change"], "+"), " and ".join(found["proposal"])
+        change, names = format_divergence(best["kl_change"], "+"), " and ".join(found["proposal"])
         return f"{cost} Keeping {names} in 16 bit changes that by {change}, for {best['growth']:.1%} more weight."
     if found["sets"] and all(each["kl_change"]["low"] is None for each in found["sets"]):
         few = found["n_samples"]["sets"]
@@ -237,13 +238,6 @@ def _verdict(found: Mapping[str, Any]) -> str:
         f"{cost} Nothing is proposed: no group stands out that would let the weights grow by no more than "
         f"{found['growth']:.0%} (--growth)."
     )
-
-
-def _nats(interval: Mapping[str, float | None], sign: str = "") -> str:
-    """Three digits that count: divergences span decades."""
-    value, low, high = interval["value"], interval["low"], interval["high"]
-    bounds = "" if low is None or high is None else f" [{low:{sign}.3g}, {high:{sign}.3g}]"
-    return f"{value:{sign}.3g}{bounds}"
 
 
 def _command(subject: Subject, form: Mapping[str, Any], proposal: Sequence[str]) -> str:
