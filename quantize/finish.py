@@ -35,8 +35,8 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
     chosen = gathered["format"]
     chosen = {**chosen, "target": picked.name, "missing": []}
     jobs = _jobs(folder, gathered, chosen, picked.dtype or gathered["dtype"])
-    _check_tasks(jobs, gathered["task_key"])
     _check_files(folder, gathered, jobs)
+    _check_tasks(jobs, gathered["task_key"])
     merged, control = folder / "merged", folder / "control" / "merged" if gathered["control"] else None
     reference, here = control or merged, describe_here(jobs.plain_dtype)
     before = gathered.get("finished", gathered["trained_on"])
