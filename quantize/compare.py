@@ -153,7 +153,7 @@ def load_run(folder: Path, name: str) -> Run:
         )
     except (AssertionError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder / 'metrics.json'} is damaged or of another version; {renew_command(folder)}"
+            f"{folder / 'metrics.json'} is damaged or of another version; renew it with: {renew_command(folder)}"
         ) from error
     path, tasks = folder / "eval" / f"{arm}.parquet", task_rows_path(folder, arm)
     rows: list[Row] = []

@@ -37,8 +37,8 @@ def read_gathered(folder: Path) -> dict[str, Any]:
 
 def refuse_finished(folder: Path) -> None:
     """Raises UserError where `finish_run` went on with that run: training's steps would undo what it measured."""
-    command = renew_command(folder)
-    if command.startswith("quantize"):
+    if _is_taken_up(folder):
+        command = renew_command(folder)
         raise UserError(
             f"{folder} was taken up by `quantize convert`; measure it anew where its target runs: {command}"
         )
@@ -46,13 +46,18 @@ def refuse_finished(folder: Path) -> None:
 
 def renew_command(folder: Path) -> str:
     """What measures a run anew: the command that made its report last."""
+    if _is_taken_up(folder):
+        return finish_command(folder, read_mapping(folder / "gathered.json")["format"]["target"])
+    return f"train --resume {folder}"
+
+
+def _is_taken_up(folder: Path) -> bool:
+    """Whether `finish_run` went on with that run; a damaged file says no, as resuming writes it again."""
     try:
         gathered = read_mapping(folder / "gathered.json")
     except UserError:
-        gathered = {}  # resuming writes it again
-    if gathered.get("version") == GATHERED_VERSION and "finished" in gathered:
-        return finish_command(folder, gathered["format"]["target"])
-    return f"train --resume {folder}"
+        return False
+    return gathered.get("version") == GATHERED_VERSION and "finished" in gathered
 
 
 def finish_command(folder: Path, target: str) -> str:
