@@ -9,7 +9,7 @@ Shapes: `S` samples, `K` resamples. Numpy only, so that the report can be rebuil
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 _Z95 = 1.959963984540054  # 97.5% quantile of the standard normal
-_FEWEST = 6  # samples for a bootstrap interval: see `_percentile`
+_FEWEST = 6  # samples for a bootstrap interval: see `_bootstrap_t`
 _CHUNK_ELEMENTS = 4_000_000  # bounds the bootstrap's weight matrix to 32 MB
 
 
@@ -47,7 +47,7 @@ def _finite(number: float) -> float | None:
 
 
 def loss_interval(nll: ArrayLike, tokens: ArrayLike, *, seed: int = 0, resamples: int = 2000) -> Interval:
-    """Token-weighted mean loss with its bootstrap interval over samples.
+    """Token-weighted mean loss with its bootstrap interval over samples (see `_bootstrap_t`).
 
     Args:
         nll: [S] summed nats over each sample's answer tokens.
@@ -59,9 +59,7 @@ def loss_interval(nll: ArrayLike, tokens: ArrayLike, *, seed: int = 0, resamples
         ValueError: shapes differ, there is no sample, no token, or a value is not finite.
     """
     count = _tokens(tokens)
-    total = _sums(nll, count)
-    means = [weights @ total / (weights @ count) for weights in _resamples(len(count), seed, resamples)]
-    return _percentile(float(total.sum() / count.sum()), np.concatenate(means), count)
+    return _bootstrap_t(_sums(nll, count), count, seed, resamples)
 
 
 def paired_loss_difference(
@@ -69,9 +67,7 @@ def paired_loss_difference(
 ) -> Interval:
     """Token-weighted mean loss of `a` minus that of `b`, with a paired bootstrap interval over samples.
 
-    Each resample draws whole samples with replacement (as multinomial weights) and applies the same draw to both arms:
-    percentile interval, Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13, with the quantiles
-    moved outwards for few samples (see `_percentile`).
+    Each resample draws whole samples with replacement (as multinomial weights) and applies the same draw to both arms.
 
     Args:
         nll_a, nll_b: [S] summed nats over each sample's answer tokens, the same samples in the same order.
@@ -86,6 +82,45 @@ def paired_loss_difference(
     return loss_interval(_sums(nll_a, count) - _sums(nll_b, count), count, seed=seed, resamples=resamples)
 
 
+def share_interval(hits: ArrayLike, tokens: ArrayLike, *, seed: int = 0, resamples: int = 2000) -> Interval:
+    """Token-weighted mean of a share from 0 to 1: `loss_interval`, and never certain where all samples are alike.
+
+    Where fewer than about four samples differ from the rest the bootstrap knows nothing of the spread: then Wilson's
+    score interval, as if each sample were one draw (Kish's effective number of them).
+
+    Args:
+        hits: [S] summed over each sample's tokens, each from 0 to 1.
+        tokens: [S] number of tokens of each sample.
+    """
+    count = _tokens(tokens)
+    found = loss_interval(hits, count, seed=seed, resamples=resamples)
+    n = _effective(count)
+    low, high = _wilson(found.value * n, n) if _is_unknown(found) else (found.low, found.high)
+    return Interval(found.value, max(low, 0.0), min(high, 1.0))
+
+
+def paired_share_difference(shares_a: ArrayLike, shares_b: ArrayLike, *, seed: int = 0) -> Interval:
+    """Mean of `a` minus mean of `b`, each sample a share from 0 to 1: a paired bootstrap, never certain.
+
+    Where fewer than about four samples differ at all the bootstrap knows nothing of the spread: then the interval of
+    matched proportions with half a sample more on either side (Agresti & Min, Statistics in Medicine 24:729-740, 2005),
+    which takes a sample that differs in part for the same part of one that differs.
+
+    Args:
+        shares_a, shares_b: [S], the same samples in the same order.
+    """
+    ones = np.ones(len(np.asarray(shares_a)))
+    found = paired_loss_difference(shares_a, shares_b, ones, seed=seed)
+    low, high = found.low, found.high
+    if _is_unknown(found):
+        apart = _sums(shares_a, ones) - _sums(shares_b, ones)
+        n, for_a, for_b = len(ones) + 2, apart.clip(min=0).sum() + 0.5, (-apart).clip(min=0).sum() + 0.5
+        centre = (for_a - for_b) / n
+        half = _Z95 * math.sqrt(for_a + for_b - (for_a - for_b) ** 2 / n) / n
+        low, high = min(found.value, centre - half), max(found.value, centre + half)
+    return Interval(found.value, max(low, -1.0), min(high, 1.0))
+
+
 def recovered_interval(
     ptq: ArrayLike,
     final: ArrayLike,
@@ -97,8 +132,10 @@ def recovered_interval(
 ) -> Interval:
     """Share of the quantisation loss that was recovered, (ptq - final) / (ptq - control), with its bootstrap interval.
 
-    A ratio has a bounded interval only while its denominator is clearly not 0 (Fieller, 1954): where the 95% interval
-    of ptq - control includes 0 the bounds are infinite, and where the denominator is 0 the value is NaN.
+    Fieller's interval (1954): all shares s for which the mean of (ptq - final) - s (ptq - control) may be 0, its t
+    statistic judged by the bootstrap as in `_bootstrap_t`. It is bounded only while the denominator is clearly not 0:
+    where the 95% interval of ptq - control includes 0 the bounds are infinite, and where the denominator is 0 the value
+    is NaN.
 
     Args:
         ptq, final, control: [S] summed nats of each arm, the same samples in the same order.
@@ -111,15 +148,25 @@ def recovered_interval(
     gain, cost = arms[0] - arms[1], arms[0] - arms[2]  # [S]; the token count cancels in the ratio
     if cost.sum() == 0:
         return Interval(math.nan, -math.inf, math.inf)
-    value = float(gain.sum() / cost.sum())
-    gains, costs = [], []
-    for weights in _resamples(len(count), seed, resamples):
-        gains.append(weights @ gain)
-        costs.append(weights @ cost)
-    numerator, denominator = np.concatenate(gains), np.concatenate(costs)  # [K]
-    if not _percentile(float(cost.sum()), denominator, count).excludes_zero:
-        return Interval(value, -math.inf, math.inf)
-    return _percentile(value, numerator[denominator != 0] / denominator[denominator != 0], count)
+    value, ones, n = float(gain.sum() / cost.sum()), np.ones(len(count)), _effective(count)
+    nothing = Interval(value, -math.inf, math.inf)
+    if len(count) < _FEWEST or n < 2:
+        return nothing
+    moments = _moments(gain, cost, seed, resamples)
+
+    def is_possible(share: float, of: float = 1.0) -> bool:
+        """Whether the mean of of * gain - share * cost may be 0."""
+        rest = of * gain - share * cost
+        sums = of * moments.x - share * moments.y
+        squares = of**2 * moments.xx - 2 * of * share * moments.xy + share**2 * moments.yy
+        spread = squares - sums**2 / len(ones)
+        low, high = _t_bounds(sums - rest.sum(), spread, n)
+        scale = math.sqrt(len(ones) * float(rest.var()))
+        return bool(rest.sum() - high * scale <= 0 <= rest.sum() - low * scale)
+
+    if is_possible(1.0, of=0.0):  # the cost itself may be 0
+        return nothing
+    return Interval(value, _edge(is_possible, value, -1.0), _edge(is_possible, value, 1.0))
 
 
 def accuracy_interval(exact: ArrayLike) -> Interval:
@@ -167,8 +214,11 @@ def mcnemar(exact_a: ArrayLike, exact_b: ArrayLike) -> float:
     a, b = _pair(exact_a, exact_b)
     only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
     n = only_a + only_b
-    tail: int = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
-    return float(min(1.0, 2 * tail / 2**n))  # integers until the division: no overflow at any n
+    term = tail = 1  # n over 0
+    for k in range(min(only_a, only_b)):
+        term = term * (n - k) // (k + 1)  # each from the one before: math.comb for each takes seconds at n = 10,000
+        tail += term
+    return min(1.0, 2 * tail / 2**n)  # integers until the division: exact, and no overflow at any n
 
 
 def sign_flip(differences: ArrayLike, *, seed: int = 0, resamples: int = 10_000) -> float:
@@ -232,30 +282,99 @@ def _resamples(samples: int, seed: int, resamples: int) -> Iterator[Floats]:
         yield counts.reshape(size, samples).astype(np.float64)
 
 
-def _percentile(value: float, resampled: Floats, tokens: Floats) -> Interval:
-    """95% interval from resampled values, with the quantiles moved outwards for the size of the sample.
+@dataclass(frozen=True)
+class _Moments:
+    """Of K resamples: the sums of x, y, x^2, x y and y^2 over what was drawn, each [K]."""
 
-    The plain percentile interval is too narrow: the bootstrap's variance lacks the factor n / (n - 1) and its tails are
-    normal, not Student's. The expanded percentile interval takes the quantiles at Phi(+-sqrt(n / (n - 1)) * t) instead
-    (Hesterberg, The American Statistician 69:371-386, 2015). A token-weighted mean has fewer samples than it counts:
-    n is Kish's effective size, (sum tokens)^2 / sum tokens^2.
+    x: Floats
+    y: Floats
+    xx: Floats
+    xy: Floats
+    yy: Floats
 
-    No resample lies beyond the samples' own extremes, however far out the quantiles are taken. Of S samples without a
-    difference all lie on one side of 0 with probability 2^(1 - S): below 6 samples that alone is more than 5%, so there
-    are no bounds.
+
+def _moments(x: Floats, y: Floats, seed: int, resamples: int) -> _Moments:
+    columns = np.stack([x, y, x * x, x * y, y * y], axis=1)  # [S, 5]
+    sums = np.concatenate([weights @ columns for weights in _resamples(len(x), seed, resamples)])  # [K, 5]
+    return _Moments(*sums.T)
+
+
+def _bootstrap_t(totals: Floats, tokens: Floats, seed: int, resamples: int) -> Interval:
+    """95% interval of sum(totals) / sum(tokens) by the bootstrap-t method.
+
+    The statistic that is resampled is the difference over its own standard error (Efron & Tibshirani, An Introduction
+    to the Bootstrap, 1993, chapter 12), here that of a ratio estimator. Losses are skewed: a few samples hold most of
+    a difference. There the percentile interval covers the truth in 80 to 90% of cases, this one in 90 to 95%. Neither
+    bound is nearer than Student's, with Kish's effective number of samples, (sum tokens)^2 / sum tokens^2, as the
+    resamples of a few samples are too alike.
+
+    Of S samples without a difference all lie on one side of 0 with probability 2^(1 - S): below 6 samples that alone is
+    more than 5%, so there are no bounds.
     """
-    n = float(tokens.sum() ** 2 / (tokens**2).sum())
+    value, n = float(totals.sum() / tokens.sum()), _effective(tokens)
     if np.count_nonzero(tokens) < _FEWEST or n < 2:
         return Interval(value, -math.inf, math.inf)
+    rest = totals - value * tokens
+    if abs(rest).max() <= 1e-12 * abs(totals).max():
+        return Interval(value, value, value)  # all samples say the same
+    drawn = _moments(totals, tokens, seed, resamples)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a draw of samples without any token has no mean
+        mean = drawn.x / drawn.y
+    spread = drawn.xx - 2 * mean * drawn.xy + mean**2 * drawn.yy
+    low, high = _t_bounds(drawn.x - value * drawn.y, spread, n)
+    error = math.sqrt(float((rest**2).sum())) / float(tokens.sum())
+    return Interval(value, value - high * error, value - low * error)
+
+
+def _t_bounds(apart: Floats, spread: Floats, n: float) -> tuple[float, float]:
+    """The 2.5% and 97.5% quantiles of resampled t statistics, not nearer to 0 than those of Student's distribution.
+
+    Args:
+        apart: [K] distance of a resample's sum from what it is an estimate of; NaN where there is none.
+        spread: [K] its sum of squared residuals; 0 where all that was drawn is alike, so that t is infinite.
+        n: effective number of samples.
+
+    Returns:
+        in units of sqrt(sum of squared residuals), n / (n - 1) included.
+    """
+    known = np.isfinite(apart) & np.isfinite(spread)
+    apart, spread = apart[known], spread[known].clip(min=0)
+    least = 1e-9 * float(np.median(spread))  # what rounding leaves of a spread that is 0
+    with np.errstate(invalid="ignore"):
+        infinite = np.nan_to_num(np.sign(apart) * math.inf, nan=0.0, posinf=math.inf, neginf=-math.inf)
+    statistic = np.where(spread > least, apart / np.sqrt(spread.clip(min=max(least, 1e-300))), infinite)
+    low, high = np.quantile(statistic, [0.025, 0.975], method="inverted_cdf")  # no mean of two, which may be infinite
     z, v = _Z95, n - 1
     student = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)  # Abramowitz & Stegun 26.7.5
-    tail = 0.5 * math.erfc(math.sqrt(n / v) * student / math.sqrt(2))
-    resampled = resampled[np.isfinite(resampled)]  # a draw of samples without any token has no mean
-    low, high = np.quantile(resampled, [tail, 1 - tail])
-    return Interval(value, float(low), float(high))
+    student *= math.sqrt(n / v)
+    return min(float(low), -student), max(float(high), student)
 
 
-def _wilson(right: int, n: int) -> tuple[float, float]:
+def _edge(is_possible: Callable[[float], bool], inside: float, step: float) -> float:
+    """Where `is_possible` ends, going from `inside` in the direction of `step`."""
+    outside = inside + step
+    while is_possible(outside):
+        step *= 2
+        outside = inside + step
+        if abs(step) > 1e9:
+            return math.copysign(math.inf, step)
+    for _ in range(50):
+        middle = (inside + outside) / 2
+        inside, outside = (middle, outside) if is_possible(middle) else (inside, middle)
+    return inside
+
+
+def _is_unknown(interval: Interval) -> bool:
+    """No bound, or no width."""
+    return not (math.isfinite(interval.low) and math.isfinite(interval.high)) or interval.low == interval.high
+
+
+def _effective(tokens: Floats) -> float:
+    """Kish's effective number of samples."""
+    return float(tokens.sum() ** 2 / (tokens**2).sum())
+
+
+def _wilson(right: float, n: float) -> tuple[float, float]:
     z2 = _Z95**2
     centre = (right + z2 / 2) / (n + z2)
     half = _Z95 / (n + z2) * math.sqrt(right * (n - right) / n + z2 / 4)
