@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ _DESCRIPTIONS = {
     "tuned": "this run, merged in {dtype}",
     "final": "this run, as shipped",
 }
+_PERPLEXITIES = {"nats per word": "word perplexity", "nats per byte": "byte perplexity"}
 _SIZE_OF = {"base": "base_mib", "control": "tuned_mib", "tuned": "tuned_mib"}  # quantised arms: final_mib, same layout
 
 
@@ -84,6 +86,30 @@ def format_divergence(interval: Mapping[str, float | None], sign: str = "") -> s
         return "-"
     bounds = "" if low is None or high is None else f" [{low:{sign}.3g}, {high:{sign}.3g}]"
     return f"{value:{sign}.3g}{bounds}"
+
+
+def task_unit(task: Mapping[str, Any]) -> str:
+    """What a task's scores are shown in: of a text its perplexity, exp of its nats per word or byte."""
+    return _PERPLEXITIES.get(task["metric"] or "", task["metric"] or "-")
+
+
+def format_score(task: Mapping[str, Any], found: Mapping[str, float | None]) -> str:
+    """An arm's score: a share in percent, a perplexity, or as it is; with its interval where `found` has one."""
+    if task["metric"] in _PERPLEXITIES:
+        return format_value(_exp(found), 4)
+    return format_value(found, 1, factor=100) if task["share"] else format_value(found, 4)
+
+
+def format_score_difference(task: Mapping[str, Any], found: Mapping[str, float | None]) -> str:
+    """How two arms differ: in percentage points, of perplexities as a ratio `x1.034 [1.010, 1.060]`, or as it is."""
+    if task["metric"] in _PERPLEXITIES:
+        return "-" if found["value"] is None else f"x{format_value(_exp(found), 4)}"
+    return format_points(found) if task["share"] else format_difference(found)
+
+
+def _exp(found: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Of a value and its bounds; None where that is beyond what a number holds."""
+    return {key: math.exp(each) if each is not None and each < 700 else None for key, each in found.items()}
 
 
 def format_size(mib: float | None) -> str:

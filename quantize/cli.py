@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -10,8 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quantize.errors import UserError
+from quantize.files import is_neither, make_folder, writing_to
 from quantize.schemes import SCHEMES, find_scheme
 
+# A file where a folder should be, rights, a full or read-only disk: the user's, wherever a path of theirs meets them.
+_IN_THE_WAY = (
+    errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG
+)  # fmt: skip
 _SKIP = "layers that keep 16 bit: last parts of their names, blocks, or patterns (down_proj, model.layers.0)"
 
 
@@ -31,6 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command starts again", file=sys.stderr)
         return 130
+    except OSError as error:
+        if options.debug:
+            traceback.print_exc()
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or error}", file=sys.stderr)
+        return 2 if error.filename and error.errno in _IN_THE_WAY else 1
     except Exception as error:
         if options.debug:
             traceback.print_exc()
@@ -136,7 +148,7 @@ def _convert(options: argparse.Namespace) -> None:
         print(f"{run / 'quantized'}: loss {metrics['final']['loss']:.4f}; the report is {run / 'report.md'}")
         return
     if not (source / "config.json").is_file():
-        raise UserError(f"{options.source} is neither a run nor a folder with a config.json")
+        raise is_neither(options.source, options.root, "a folder with a config.json")
     if not options.scheme:
         raise UserError(f"{source} is a plain checkpoint: say --scheme, one of {', '.join(SCHEMES)}")
     _convert_folder(source, options)
@@ -156,8 +168,10 @@ def _convert_folder(source: Path, options: argparse.Namespace) -> None:
         raise UserError(f"--dtype {options.dtype}: {scheme.name} for {target.name} computes in {target.dtype}")
     named = Path(os.path.abspath(source))  # "." has no name
     output = options.output or named.with_name(f"{named.name}-{scheme.name}")
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"--output {output} exists and is not empty; name another folder")
+    with writing_to(output):
+        if output.exists() and any(output.iterdir()):
+            raise UserError(f"--output {output} exists and is not empty; name another folder")
+    make_folder(output.parent, named=output)
     job = {
         "kind": "convert",
         "name": "convert",
@@ -169,11 +183,10 @@ def _convert_folder(source: Path, options: argparse.Namespace) -> None:
         "skip": options.skip,
         "dtype": options.dtype or target.dtype or "float32",
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
     (result,) = run_jobs([job], output.with_name(f"{output.name}.request.json"))
     for path in output.parent.glob(f"{output.name}.request.*"):
         path.unlink()
     coverage = result["coverage"]
     print(f"{output}: {coverage['quantized_layers']} layers, {coverage['share_of_all_weights']:.1%} of all weights")
     for name, reason in coverage["skipped"].items():
-        print(f"  kept in 16 bit: {name} ({reason})")
+        print(f"  not quantised: {name} ({reason})")

@@ -1,69 +1,56 @@
 """`quantize compare RUN RUN ...`: several runs on one page: what differs in their settings, and what that changed.
 
 Runs are compared in pairs with the first, on the samples and tasks that both have; where they have not the same, the
-row says so.
+row says so. What is written lies in `quantize.compare_page`, what is drawn in `quantize.compare_plots`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from quantize.arms import (
-    format_accuracy,
-    format_difference,
-    format_loss,
-    format_points,
-    format_size,
-    format_value,
-)
-from quantize.document import Block, Figure, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
+import numpy as np
+
+from quantize.document import Figure, to_html, to_markdown
 from quantize.errors import UserError
-from quantize.files import read_mapping, write_atomically
-from quantize.report import nested
-from quantize.runs import find_run, renew_command
-from quantize.statistics import Interval, holm, mcnemar, paired_accuracy_difference, paired_loss_difference
-from quantize.task_metrics import NOTHING, compare_rows
-from quantize.verdict import why
+from quantize.files import make_folder, refuse_run, write_atomically, writing_to
+from quantize.finished import Run, cut_names, find_runs, load_run, short_names
+from quantize.samples import Side, WorstSample
+from quantize.statistics import (
+    Interval,
+    holm,
+    mcnemar,
+    mean_interval,
+    paired_accuracy_difference,
+    paired_loss_difference,
+)
+from quantize.task_metrics import compare_rows
 
-if TYPE_CHECKING:
-    from quantize.evaluate import Scores
-    from quantize.tasks import Row
-
-_NO_SETTINGS = ("run.name", "run.root", "track.")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run, as its directory tells it.
-
-    Attributes:
-        arm: what is compared: final, or tuned where the run quantises nothing.
-        settings: by dotted name.
-        prompts: (prompt, answer) of each held-out sample.
-    """
-
-    name: str
-    arm: str
-    metrics: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    scores: Scores
-    prompts: Sequence[tuple[str, str]]
-    tasks: Sequence[Row] = ()
+_WORST = 3  # samples of each run that are shown beside the first's
+_LONGEST = 600  # characters of a text
 
 
 @dataclass(frozen=True)
 class Paired:
-    """One run against the first; `reason` says why there is nothing to pair."""
+    """One run against the first; `reason` says why there is nothing to pair.
+
+    Attributes:
+        p: of McNemar's test on exact answers.
+        tasks: by name, as `quantize.task_metrics.compare_rows` gives them; `p_holm` over all runs' tests.
+        mean: of the differences of the `n_tasks` tasks whose metric is a share of 1 in both.
+        worst: the samples whose loss is most above the first run's.
+    """
 
     loss: Interval | None = None
     accuracy: Interval | None = None
     p: float | None = None
     reason: str = ""
-    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tasks: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    mean: Interval | None = None
+    n_tasks: int = 0
+    worst: Sequence[WorstSample] = ()
 
 
 def compare_runs(names: Sequence[str], root: str, output: Path) -> str:
@@ -76,113 +63,82 @@ def compare_runs(names: Sequence[str], root: str, output: Path) -> str:
         The text of report.md.
 
     Raises:
-        UserError: fewer than two runs, one that is none or is not finished, or files that cannot be read.
+        UserError: fewer than two runs, one that is none or is not finished, files that cannot be read, or an `output`
+            that cannot be written.
     """
-    from quantize.plots import draw_comparison
+    from quantize.compare_page import page
+    from quantize.compare_plots import draw_comparison
 
+    refuse_run(output)
     found = [find_runs(name, root) for name in names]
-    folders = list(dict.fromkeys(folder for finished, _ in found for folder in finished))
-    unfinished = list(dict.fromkeys(folder for _, others in found for folder in others))
+    folders = _distinct([folder for finished, _ in found for folder in finished])
+    unfinished = _distinct([folder for _, others in found for folder in others])
     if len(folders) < 2:
-        raise UserError("compare needs two runs or more, or a folder that holds them: quantize compare RUN RUN")
-    runs = [load_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
-    paired = [pair(runs[0], run) for run in runs[1:]]
-    plots = draw_comparison(
-        [(run.name, run.metrics, run.arm) for run in runs],
-        [(run.name, found.loss) for run, found in zip(runs[1:], paired, strict=True) if found.loss is not None],
-        runs[0].name,
-    )
+        one = f"{' and '.join(names)} are one run, {folders[0]}; " if len(names) > 1 else ""
+        raise UserError(f"{one}compare needs two runs or more, or a folder that holds them: quantize compare RUN RUN")
+    make_folder(output)
+    shown = short_names(folders)
+    runs = [load_run(*each) for each in zip(folders, shown, cut_names(shown), strict=True)]
+    paired = pair_all(runs)
+    plots = draw_comparison(runs, paired)
     figures = [Figure(f"plots/{plot.name}.png", plot.caption, plot.svg) for plot in plots]
-    blocks = list(_blocks(runs, paired, figures, unfinished))
-    (output / "plots").mkdir(parents=True, exist_ok=True)
-    for plot in plots:
-        (output / "plots" / f"{plot.name}.png").write_bytes(plot.png)
+    blocks = list(page(runs, paired, figures, [folder.name for folder in unfinished]))
     text = to_markdown(blocks)
-    write_atomically(output / "report.md", text)
-    write_atomically(output / "report.html", to_html(f"{len(runs)} runs", blocks))
+    with writing_to(output):
+        (output / "plots").mkdir(exist_ok=True)
+        for plot in plots:
+            (output / "plots" / f"{plot.name}.png").write_bytes(plot.png)
+        write_atomically(output / "report.md", text)
+        write_atomically(output / "report.html", to_html(f"{len(runs)} runs", blocks))
     return text
 
 
-def find_runs(name: str, root: str) -> tuple[list[Path], list[Path]]:
-    """The run directory of that path or name, or the finished runs in that folder and its unfinished ones, by name."""
-    run = find_run(name, root)
-    if run is not None:
-        return [run], []
-    for path in (Path(name).expanduser(), Path(root).expanduser() / name):
-        inside = sorted(manifest.parent for manifest in path.glob("*/manifest.json"))
-        finished = [folder for folder in inside if (folder / "metrics.json").is_file()]
-        if finished:
-            return finished, [folder for folder in inside if folder not in finished]
-        if inside:
-            raise UserError(f"{path}: none of its {len(inside)} runs is finished")
-    raise UserError(f"{name} is neither a run nor a folder of runs, as a path or under {root}")
+def _distinct(folders: Sequence[Path]) -> list[Path]:
+    """Each folder once, however it was written."""
+    return list({folder.resolve(): folder for folder in reversed(folders)}.values())[::-1]
 
 
-def short_names(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many of the folders above them as it takes to tell them apart."""
-    paths = [folder.resolve().parts for folder in folders]
-    names = []
-    for path in paths:
-        depth = 1
-        while depth < len(path) and sum(other[-depth:] == path[-depth:] for other in paths) > 1:
-            depth += 1
-        names.append("/".join(path[-depth:]))
-    return names
-
-
-def load_run(folder: Path, name: str) -> Run:
-    """Reads a finished run, which is called `name` in what is written.
-
-    Raises:
-        UserError: the run is not finished, or a file of it is damaged.
-    """
-    from quantize.evaluate import Scores, read_texts
-    from quantize.jobs import task_rows_path
-    from quantize.tasks import load_rows
-
-    if not (folder / "metrics.json").is_file():
-        raise UserError(f"{folder} is not finished; continue it with: train --resume {folder}")
-    metrics, settings = (read_mapping(folder / name) for name in ("metrics.json", "config.resolved.json"))
-    try:
-        arm = "final" if metrics["final"]["loss"] is not None else "tuned"
-        assert (
-            metrics[arm]["loss"] is not None
-            and "tuned_mib" in metrics["size"]
-            and "why" in metrics
-            and "dtype" in metrics
-        )
-    except (AssertionError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / 'metrics.json'} is damaged or of another version; renew it with: {renew_command(folder)}"
-        ) from error
-    path, tasks = folder / "eval" / f"{arm}.parquet", task_rows_path(folder, arm)
-    rows: list[Row] = []
-    try:
-        scores, texts = Scores.load(path), read_texts(path)
-        if metrics["tasks"]:
-            path = tasks
-            rows = load_rows(tasks)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        said = str(error).splitlines()[0]
-        advice = "" if isinstance(error, FileNotFoundError) else "remove it, then: "
-        raise UserError(f"{path} cannot be read ({said}); {advice}{renew_command(folder)}") from error
-    prompts = list(zip(texts.get("prompt", ()), texts.get("answer", ()), strict=True))
-    return Run(name, arm, metrics, dict(nested(settings)), scores, prompts, rows)
+def pair_all(runs: Sequence[Run]) -> list[Paired]:
+    """Every other run against the first, the p-values of all tasks adjusted for their number together."""
+    paired = [pair(runs[0], run) for run in runs[1:]]
+    tests = [found for each in paired for found in each.tasks.values() if found.get("p") is not None]
+    for found, adjusted in zip(tests, holm([found["p"] for found in tests]), strict=True):
+        found["p_holm"] = adjusted
+    return paired
 
 
 def pair(first: Run, other: Run) -> Paired:
     """`other` minus `first` on the samples that both were scored on."""
     tasks = compare_rows(other.tasks, first.tasks)
+    mean, count = _mean(first, other, tasks)
     order = _same_order(first, other)
     if order is None:
-        return Paired(reason="other held-out samples, or another tokenizer", tasks=tasks)
+        return Paired(reason="other held-out samples, or another tokenizer", tasks=tasks, mean=mean, n_tasks=count)
     a, b = other.scores.taken(order), first.scores
     return Paired(
         loss=paired_loss_difference(a.nll, b.nll, a.tokens),
         accuracy=paired_accuracy_difference(a.exact, b.exact),
         p=mcnemar(a.exact, b.exact),
         tasks=tasks,
+        mean=mean,
+        n_tasks=count,
+        worst=_worst(first, other, order),
     )
+
+
+def is_share(name: str, runs: Sequence[Run]) -> bool:
+    """Whether the task's metric is a share of 1 in all the runs that have it."""
+    return all(run.metrics["tasks"][name]["share"] for run in runs if name in run.metrics["tasks"])
+
+
+def _mean(first: Run, other: Run, tasks: Mapping[str, Mapping[str, Any]]) -> tuple[Interval | None, int]:
+    """Of the tasks' differences, each of equal weight; None of fewer than two."""
+    found = [
+        Interval(each["value"], each["low"], each["high"])
+        for name, each in tasks.items()
+        if each.get("low") is not None and each.get("high") is not None and is_share(name, (first, other))
+    ]
+    return (mean_interval(found) if len(found) > 1 else None), len(found)
 
 
 def _same_order(first: Run, other: Run) -> list[int] | None:
@@ -198,117 +154,33 @@ def _same_order(first: Run, other: Run) -> list[int] | None:
 
 
 def _samples(run: Run) -> list[tuple[Any, ...]]:
-    texts = run.prompts or [("", "")] * len(run.scores.tokens)
-    return [(*text, int(tokens)) for text, tokens in zip(texts, run.scores.tokens, strict=True)]
+    texts = zip(run.texts.get("prompt", ()), run.texts.get("answer", ()), strict=True)
+    known = list(texts) or [("", "")] * len(run.scores.tokens)
+    return [(*text, int(tokens)) for text, tokens in zip(known, run.scores.tokens, strict=True)]
 
 
-def _blocks(
-    runs: Sequence[Run], paired: Sequence[Paired], figures: Sequence[Figure], unfinished: Sequence[Path]
-) -> Iterator[Block]:
-    first = runs[0]
-    yield Heading(f"ongrid: {len(runs)} runs", 1)
-    yield from _findings(runs, paired)
-    yield Heading("Results")
-    yield Paragraph(
-        f"Each run as it ships, on held-out samples; differences are from {first.name}, on the same samples, with "
-        "paired 95% intervals. Loss in nats per answer token. One training seed each: what another seed would change "
-        "is not in them."
-    )
-    header = ("run", "arm", "format", "loss", "difference [95%]", "exact", "points [95%]", "recovered", "MiB")
-    rows = [_row(run, found) for run, found in zip(runs, [None, *paired], strict=True)]
-    yield Table(header, rows, numeric=frozenset(range(3, 9)))
-    reasons = [f"{run.name}: {found.reason}" for run, found in zip(runs[1:], paired, strict=True) if found.reason]
-    if reasons:
-        yield Paragraph("Not paired:")
-        yield Items(reasons)
-    if unfinished:
-        yield Paragraph(f"Left out, as they are not finished: {', '.join(folder.name for folder in unfinished)}.")
-    if figures:
-        yield Figures(figures)
-    yield from _tasks(runs, paired)
-    yield from _settings(runs)
-
-
-def _findings(runs: Sequence[Run], paired: Sequence[Paired]) -> Iterator[Block]:
-    """Which runs differ from the first beyond chance, of all that were looked at."""
-    known = [(run.name, found.loss) for run, found in zip(runs[1:], paired, strict=True) if found.loss is not None]
-    lower = [name for name, loss in known if loss.high < 0]
-    higher = [name for name, loss in known if loss.low > 0]
-    unclear = [name for name, loss in known if name not in (*lower, *higher)]
-    texts = [
-        f"{word} than {runs[0].name}: {', '.join(names)}."
-        for word, names in (("A lower loss", lower), ("A higher loss", higher))
-        if names
-    ]
-    if unclear:
-        texts.append(f"Not told apart from {runs[0].name} by these samples: {', '.join(unclear)}.")
-    if len(known) > 1:
-        texts.append(
-            f"{len(known)} runs were compared, each at 95%: of runs that do not differ at all, one in twenty looks as "
-            "if it did."
+def _worst(first: Run, other: Run, order: Sequence[int]) -> list[WorstSample]:
+    """The held-out samples whose loss rose most from the first run to the other, with what both said."""
+    if not all(name in run.texts for run in (first, other) for name in ("prompt", "answer", "greedy_text")):
+        return []
+    worse = other.scores.nll[np.asarray(order)] - first.scores.nll
+    chosen = [int(index) for index in np.argsort(-worse, kind="stable")[:_WORST] if worse[index] > 0]
+    return [
+        WorstSample(
+            where="held-out",
+            number=index,
+            prompt=_short(first.texts["prompt"][index]),
+            answer=_short(first.texts["answer"][index]),
+            unit="nats",
+            sides=[
+                Side(run.cell, float(run.scores.nll[place]), _short(run.texts["greedy_text"][place]))
+                for run, place in ((first, index), (other, order[index]))
+            ],
         )
-    for number, text in enumerate(texts or ["No two runs were scored on the same samples."]):
-        yield Paragraph(text, strong=number == 0)
-
-
-def _row(run: Run, found: Paired | None) -> tuple[str, ...]:
-    metrics = run.metrics
-    arm = metrics[run.arm]
-    loss = format_difference(found.loss.as_dict()) if found and found.loss else "-"
-    points = format_points(found.accuracy.as_dict()) if found and found.accuracy else "-"
-    share = metrics["recovered"]
-    where = f"{metrics['scheme']}, {metrics['target']}" if metrics["scheme"] else metrics["dtype"]
-    size = metrics["size"]["final_mib" if run.arm == "final" else "tuned_mib"]
-    mark = " (simulated)" if arm["simulated"] else ""
-    return (
-        run.name, run.arm + mark, where, format_loss(arm["loss"]), loss, format_accuracy(arm["accuracy"]), points,
-        "-" if share is None else f"{share:.0%}", format_size(size),
-    )  # fmt: skip
-
-
-def _tasks(runs: Sequence[Run], paired: Sequence[Paired]) -> Iterator[Block]:
-    names = list(dict.fromkeys(name for run in runs for name in run.metrics["tasks"]))
-    if not names:
-        return
-    yield Heading("Tasks")
-    yield Paragraph(
-        f"Scores as shipped; behind them the difference from {runs[0].name} on the same samples, and p adjusted for "
-        "the number of tests in this table (Holm)."
-    )
-    tests = [found for each in paired for found in each.tasks.values() if found.get("p") is not None]
-    adjusted = dict(zip(map(id, tests), holm([found["p"] for found in tests]), strict=True))
-    rows = []
-    for name in names:
-        for run, each in zip(runs, [None, *paired], strict=True):
-            task = run.metrics["tasks"].get(name)
-            if task is None or task[run.arm]["value"] is None:
-                reason = "not run" if task is None else why(run.metrics, f"tasks.{name}.{run.arm}.value")
-                rows.append((name, run.name, reason, "-", "-"))
-                continue
-            share = task["share"]
-            score = format_value(task[run.arm], 1 if share else 4, factor=100 if share else 1)
-            found = {} if each is None else each.tasks.get(name, {})
-            shown = found if found.get("value") is not None else NOTHING
-            difference = found.get("reason") or (format_points(shown) if share else format_difference(shown))
-            p = adjusted.get(id(found))
-            rows.append((name, run.name, score, difference, "-" if p is None else f"{p:.2g}"))
-    yield Table(("task", "run", "score [95%]", "difference [95%]", "p"), rows, numeric=frozenset({2, 3, 4}))
-
-
-def _settings(runs: Sequence[Run]) -> Iterator[Block]:
-    keys = list(dict.fromkeys(key for run in runs for key in run.settings))
-    differing = [
-        key
-        for key in keys
-        if not key.startswith(_NO_SETTINGS) and len({json.dumps(run.settings.get(key)) for run in runs}) > 1
+        for index in chosen
     ]
-    yield Heading("What differs in the settings")
-    if not differing:
-        yield Paragraph("Nothing but names.")
-        return
-    rows = [(key, *(_shown(run.settings.get(key)) for run in runs)) for key in differing]
-    yield Table(("setting", *(run.name for run in runs)), rows)
 
 
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def _short(text: str) -> str:
+    """The end of a long text: that of a prompt holds the question, after the few-shot examples."""
+    return text if len(text) <= _LONGEST else f"[...] {text[-_LONGEST:]}"

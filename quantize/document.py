@@ -104,8 +104,12 @@ def _markdown(block: Block) -> str:
             return "\n\n".join(f"![{_escape(each.caption)}]({each.file})" for each in figures)
 
 
-# Only what would act as Markdown: an underscore inside a word or a bracket without a target is left readable.
-_ACTIVE = re.compile(r"([\\`*<|]|^[#>]|(?<!\w)_|_(?!\w)|\](?=[(\[:]))")
+# Only what would act as GitHub's Markdown: an underscore inside a word, a bracket without a target or an ampersand that
+# begins no entity is left readable. Two dollars make a formula, two tildes strike out, "1. " and "- " begin a list.
+_ACTIVE = re.compile(
+    r"([\\`*<|$~]|^[#>]|^[-+](?= )|(?<=^\d)[.)](?= )|(?<=^\d\d)[.)](?= )"
+    r"|&(?=#?\w+;)|(?<!\w)_|_(?!\w)|\](?=[(\[:]))"
+)
 
 
 def _escape(text: str) -> str:
@@ -147,6 +151,7 @@ h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #8884; text-align: left; vertical-align: top; }
+td, li, p { white-space: pre-wrap; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 pre { overflow-x: auto; padding: .75rem; background: #8882; border-radius: .25rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }

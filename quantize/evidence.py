@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from quantize.arms import format_points, format_size, format_value
+from quantize.arms import (
+    format_points,
+    format_score,
+    format_score_difference,
+    format_size,
+    format_value,
+    task_unit,
+)
 from quantize.document import Block, Heading, Items, Paragraph, Table
 from quantize.metrics import ARMS
 from quantize.plots import main_pair
-from quantize.samples import WorstSample
+from quantize.samples import HELD_OUT, WorstSample
 from quantize.verdict import why
 
 Metrics = Mapping[str, Any]
@@ -19,8 +26,13 @@ _PREFILL = "prefill_tokens_per_s"
 _SLOWER = 0.95  # within 5% is noise
 
 
-def tasks_section(metrics: Metrics) -> Iterator[Block]:
-    """A row for each task: every arm's score, and what quantisation costs with its interval."""
+def tasks_section(metrics: Metrics, asked: Metrics, examples: Mapping[str, int | str]) -> Iterator[Block]:
+    """A row for each task: every arm's score, and what quantisation costs with its interval.
+
+    Args:
+        asked: settings of the tasks (see `quantize.tasks.Settings`).
+        examples: few-shot examples in the prompts, by task; of a group whose tasks differ in words.
+    """
     tasks = metrics["tasks"]
     if not tasks:
         return
@@ -29,9 +41,9 @@ def tasks_section(metrics: Metrics) -> Iterator[Block]:
     pair = f"{first}_vs_{second}"
     yield Heading("Tasks")
     yield Paragraph(
-        "The same samples for every arm, run by lm-eval. Shares in percent, other metrics as they are. The last "
-        f"two columns compare {first} with {second}: paired 95% interval, and p adjusted for the number of tasks "
-        "(Holm)."
+        f"The same samples for every arm, run by lm-eval{_how_run(asked, examples)}. Shares in percent, texts by their "
+        f"perplexity, other metrics as they are. The last two columns compare {first} with {second}: difference "
+        "(of perplexities, ratio) with its paired 95% interval, and p adjusted for the number of tasks (Holm)."
     )
     rows = []
     for name, task in tasks.items():
@@ -39,20 +51,31 @@ def tasks_section(metrics: Metrics) -> Iterator[Block]:
             rows.append((name, "-", str(task["n_samples"]), *("-" for _ in arms), why(metrics, f"tasks.{name}"), "-"))
             continue
         compared = task["comparisons"][pair]
-        share = task["share"]
-        digits, factor = (1, 100.0) if share else (4, 1.0)
-        scores = [format_value({**task[arm], "low": None}, digits, factor=factor) for arm in arms]
-        difference = format_points(compared) if share else format_value(compared, 4)
+        scores = [format_score(task, {**task[arm], "low": None}) for arm in arms]
+        difference = format_score_difference(task, compared)
         if compared["value"] is None:
             difference = why(metrics, f"tasks.{name}.comparisons.{pair}.value")
         p = "-" if compared["p_holm"] is None else f"{compared['p_holm']:.2g}"
-        rows.append((name, task["metric"], str(task["n_samples"]), *scores, difference, p))
+        rows.append((name, task_unit(task), str(task["n_samples"]), *scores, difference, p))
     mean = metrics["tasks_mean"]
     if any(mean[arm]["value"] is not None for arm in arms):
         scores = [format_value({**mean[arm], "low": None}, 1, factor=100) for arm in arms]
         rows.append(("mean", f"of {mean['n_tasks']}", "", *scores, format_points(mean["comparisons"][pair]), ""))
     header = ("task", "metric", "samples", *arms, f"{first} - {second} [95%]", "p")
     yield Table(header, rows, numeric=frozenset(range(2, len(header))))
+
+
+def _how_run(asked: Metrics, examples: Mapping[str, int | str]) -> str:
+    """`, at most 40 samples of each, in the chat template, 5 examples in the prompts of mmlu`."""
+    words = [f"at most {asked['limit']} samples of each"] if asked.get("limit") else []
+    words += ["in the chat template"] if asked.get("chat_template") else []
+    by_number: dict[str, list[str]] = {}
+    for name, number in examples.items():
+        by_number.setdefault(str(number or "no"), []).append(name)
+    for number, names in by_number.items():
+        count = f"{number} example{'s' * (number != '1')} in the prompts"
+        words.append(count if len(by_number) == 1 else f"{count} of {', '.join(names)}")
+    return "".join(f", {each}" for each in words)
 
 
 def cost_section(metrics: Metrics) -> Iterator[Block]:
@@ -86,7 +109,18 @@ def cost_section(metrics: Metrics) -> Iterator[Block]:
         f"transformers' model on this machine ({how}), the cache of a fixed size; prompts of "
         f"{tuned['prompt_tokens']} tokens, medians."
     )
-    yield Paragraph(text + _where_slower(metrics))
+    yield Paragraph(text + _beside_16_bit(metrics) + _where_slower(metrics))
+
+
+def _beside_16_bit(metrics: Metrics) -> str:
+    """That a saving against float32 is half of it against 16 bit."""
+    size = metrics["size"]
+    if metrics["dtype"] != "float32" or None in (size["final_mib"], size["tuned_mib"]):
+        return ""
+    return (
+        f" In bfloat16 the unquantised model would take {size['tuned_mib'] / 2:,.1f} MiB: what ships, whose "
+        f"unquantised part is {metrics['dtype']} here, is {2 * size['final_mib'] / size['tuned_mib']:.2f} times that."
+    )
 
 
 def _where_slower(metrics: Metrics) -> str:
@@ -131,11 +165,13 @@ def samples_section(worst: Sequence[WorstSample]) -> Iterator[Block]:
     """Samples on which the shipped model lost most, with what each arm said."""
     if not worst:
         return
+    tasks = any(sample.where != HELD_OUT for sample in worst)
     yield Heading("Where it lost most")
     yield Paragraph(
-        "The samples whose loss grew most by quantisation, and tasks that what ships lost. Of held-out samples the "
-        "text is the most likely token at each place of the right answer. All samples of all arms lie in "
-        "eval/ARM.parquet and eval/ARM.tasks.parquet."
+        "The held-out samples whose loss quantisation raised most"
+        + (", then the task samples on which the shipped model lost most" if tasks else "")
+        + '. For held-out samples, "said" is the most likely token at each position, given the right answer before it. '
+        f"All samples of all arms lie in eval/ARM.parquet{' and eval/ARM.tasks.parquet' * tasks}."
     )
     for sample in worst:
         yield Paragraph(f"{sample.where}, sample {sample.number}: {sample.prompt}")

@@ -1,10 +1,13 @@
-"""Files that others may read at any moment, and files that may be damaged."""
+"""Files that others may read at any moment, files that may be damaged, and folders that may not be there to write."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,47 @@ def write_atomically(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
+
+
+@contextmanager
+def writing_to(folder: Path, option: str = "--output") -> Iterator[None]:
+    """What is written inside lies in `folder`. Raises UserError, with the option that named it, where that fails."""
+    try:
+        yield
+    except OSError as error:
+        where = next((each for each in (folder, *folder.parents) if each.exists() and not each.is_dir()), None)
+        reason = f"{where} is a file, not a folder" if where else error.strerror or str(error)
+        if not where and error.filename and Path(error.filename) != folder:
+            reason = f"{error.filename}: {reason}"
+        raise UserError(f"{option} {folder} cannot be written ({reason}); name another folder") from error
+
+
+def make_folder(folder: Path, option: str = "--output", *, named: Path | None = None) -> None:
+    """Creates it where it is not there.
+
+    Args:
+        named: what the user named, where that is not the folder itself.
+
+    Raises:
+        UserError: that fails, or nothing can be written into it.
+    """
+    with writing_to(named or folder, option):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+
+def refuse_run(folder: Path) -> None:
+    """Raises UserError where `--output` is a run: a page of that name would replace the run's own report."""
+    if (folder / "manifest.json").exists():
+        raise UserError(f"--output {folder} is a run, whose own report would be lost; name another folder")
+
+
+def is_neither(name: str, root: str, what: str) -> UserError:
+    """Says that a name is no run and not `what` either, and where both were looked for."""
+    places = dict.fromkeys((Path(name).expanduser(), Path(root).expanduser() / name))
+    looked = " and ".join(map(str, places))
+    return UserError(f"{name} is neither a run nor {what}: there is none at {looked} (--root)")
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

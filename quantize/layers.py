@@ -122,11 +122,11 @@ def select_layers(
     head = getattr(head, "base_layer", head)
     for name, linear in linear_layers(model):
         if name.rsplit(".", 1)[-1] in scheme.skip or ("lm_head" in scheme.skip and linear is head):
-            skipped[name] = f"{scheme.name} keeps it in 16 bit"
+            skipped[name] = f"{scheme.name} leaves it unquantised"
             continue
         addressed += linear.weight.numel()
         if is_kept(name, skip):
-            skipped[name] = "quantize.skip keeps it in 16 bit"
+            skipped[name] = "quantize.skip leaves it unquantised"
             kept += linear.weight.numel()
             continue
         if not is_plain_linear(linear):
@@ -143,7 +143,7 @@ def select_layers(
         quantised += linear.weight.numel()
     for name, weight in _other_weights(model):
         addressed += weight.numel()
-        skipped[name] = "a weight outside a linear layer, such as that of fused experts, keeps 16 bit"
+        skipped[name] = "a weight outside a linear layer, such as that of fused experts, is not quantised"
     total = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" not in name)
     return Coverage(tuple(layers), skipped, quantised, addressed, kept, total)
 

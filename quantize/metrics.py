@@ -22,6 +22,7 @@ from quantize.statistics import (
     paired_accuracy_difference,
     paired_loss_difference,
     recovered_interval,
+    share_interval,
 )
 from quantize.task_metrics import Rows, task_metrics
 
@@ -226,9 +227,9 @@ def _distribution(arms: Arms, reference: str | None, simulated: bool) -> dict[st
         kl, top1 = (None, None) if scores is None or reference is None else (scores.kl, scores.top1)
         known = scores is not None and kl is not None and top1 is not None
         interval = loss_interval(kl, scores.tokens) if known else None  # type: ignore[union-attr,arg-type]
-        agreement = loss_interval(top1, scores.tokens) if known else None  # type: ignore[union-attr,arg-type]
+        agreement = share_interval(top1, scores.tokens) if known else None  # type: ignore[union-attr,arg-type]
         found[name] = None if interval is None else _number(interval.value)
-        found[f"{name}_interval"] = _bounds(interval)
+        found[f"{name}_interval"] = _not_below_zero(_bounds(interval))
         found[f"{name}_top1"] = None if agreement is None else _number(agreement.value)
         found[f"{name}_top1_interval"] = _bounds(agreement)
         found["simulated"] = found["simulated"] or (simulated and known)
@@ -260,6 +261,11 @@ def _ratios(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]
 
 def _bounds(interval: Interval | None) -> dict[str, float | None]:
     return dict(_NO_INTERVAL) if interval is None else {key: interval.as_dict()[key] for key in ("low", "high")}
+
+
+def _not_below_zero(bounds: dict[str, float | None]) -> dict[str, float | None]:
+    """For a divergence, which cannot be."""
+    return {key: None if bound is None else max(bound, 0.0) for key, bound in bounds.items()}
 
 
 def _sqnr(layers: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:

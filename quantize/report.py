@@ -41,7 +41,9 @@ class ReportContext:
         run: name of the run, the title.
         command: what repeats the run.
         model, data: as the config names them.
-        recipe: settings by dotted or nested name.
+        recipe: settings by dotted or nested name; what is None is not shown.
+        task_settings: those of `quantize.tasks.Settings`.
+        few_shot: examples in the prompts, by task.
         versions: packages by name.
         device: the machine in words.
         seconds: duration by stage.
@@ -55,6 +57,8 @@ class ReportContext:
     model: str = ""
     data: str = ""
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    task_settings: Mapping[str, Any] = field(default_factory=dict)
+    few_shot: Mapping[str, int | str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -85,7 +89,7 @@ def _blocks(metrics: Metrics, context: ReportContext) -> Iterator[Block]:
     yield Paragraph(first, strong=True)
     yield Items(others)
     yield from _arms_section(metrics)
-    yield from tasks_section(metrics)
+    yield from tasks_section(metrics, context.task_settings, context.few_shot)
     if context.plots:
         yield Figures([Figure(f"plots/{plot.name}.png", plot.caption, plot.svg) for plot in context.plots])
     yield from _gap_section(metrics)
@@ -156,7 +160,7 @@ def _gap_section(metrics: Metrics) -> Iterator[Block]:
     ]
     lines += [_distance(metrics, arm) for arm in ("final", "ptq")]
     known = f"{bits:.2f} on average" if bits is not None else f"not known ({why(metrics, 'size.bits_per_weight')})"
-    lines.append(f"bits per weight as stored: {known}")
+    lines.append(f"bits per weight as stored, embeddings and all that is not quantised included: {known}")
     if metrics["size"]["memory_mib"] is not None:
         lines.append(f"weights in memory: {format_size(metrics['size']['memory_mib'])} MiB")
     lines += _speed(metrics)
@@ -210,7 +214,7 @@ def _recipe_section(context: ReportContext) -> Iterator[Block]:
             yield Paragraph(f"Training loss ({arm}): {said}.")
     facts = {"model": context.model, "data": context.data, "device": context.device}
     facts = {name: text for name, text in facts.items() if text} | {
-        name: str(value) for name, value in nested(context.recipe)
+        name: str(value) for name, value in nested(context.recipe) if value is not None
     }
     if facts:
         yield Table(("setting", "value"), list(facts.items()))

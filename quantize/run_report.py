@@ -31,6 +31,7 @@ def write_report(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, A
     Returns:
         The metrics and the text of report.md.
     """
+    from quantize.pareto import nominal_mib
     from quantize.plots import draw_plots
     from quantize.report import ReportContext, render_html, render_markdown
     from quantize.samples import worst_samples
@@ -67,12 +68,14 @@ def write_report(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, A
         model=gathered["model"],
         data=gathered["data"],
         recipe=gathered["recipe"],
+        task_settings=gathered["tasks"] or {},
+        few_shot=gathered.get("task_fewshot", {}),
         versions=_versions(gathered),
         device="; trained on ".join(dict.fromkeys([finished["device"], trained_on["device"]])),
         seconds=gathered["seconds"],
         losses=losses,
         worst=worst_samples(folder / "eval", arms, tasks),
-        plots=draw_plots(metrics, losses),
+        plots=draw_plots(metrics, losses, nominal_mib(gathered, metrics["size"]["tuned_mib"])),
     )
     (folder / "plots").mkdir(exist_ok=True)
     for plot in context.plots:

@@ -10,7 +10,7 @@ from typing import Any
 from quantize.errors import UserError
 from quantize.files import read_mapping
 
-GATHERED_VERSION = 4
+GATHERED_VERSION = 5
 """Of the form of gathered.json and of the files under eval/."""
 
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from quantize.evaluate import Scores
     from quantize.tasks import Row
 
-_HELD_OUT = 5
+HELD_OUT = "held-out"
+_OF_HELD_OUT = 5
 _EACH_TASK = 2
 _LONGEST = 600  # characters of a text that a report shows; the parquet files hold all
 
@@ -66,10 +67,10 @@ def _held_out(folder: Path, arms: Mapping[str, Scores], reference: str, shown: S
     if not all(texts.values()):
         return []
     worse = arms["final"].nll - arms[reference].nll
-    chosen = [int(index) for index in np.argsort(-worse, kind="stable")[:_HELD_OUT] if worse[index] > 0]
+    chosen = [int(index) for index in np.argsort(-worse, kind="stable")[:_OF_HELD_OUT] if worse[index] > 0]
     return [
         WorstSample(
-            where="held-out",
+            where=HELD_OUT,
             number=index,
             prompt=_short(texts["final"]["prompt"][index]),
             answer=_short(texts["final"]["answer"][index]),
@@ -90,6 +91,7 @@ def _of_tasks(tasks: Mapping[str, Sequence[Row]], reference: str, shown: Sequenc
             if loss > 0:
                 found.setdefault(final.name, []).append((loss, index))
     chosen = [index for each in found.values() for _, index in sorted(each, key=lambda pair: -pair[0])[:_EACH_TASK]]
+    shown = [arm for arm in shown if arm in tasks]  # an arm that overflows on tasks only has no rows
     return [
         WorstSample(
             where=tasks["final"][index].task,

@@ -13,7 +13,7 @@ from typing import Any
 from quantize.arms import format_difference, format_divergence
 from quantize.document import Block, Code, Figure, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
 from quantize.errors import UserError
-from quantize.files import write_atomically
+from quantize.files import is_neither, make_folder, refuse_run, write_atomically, writing_to
 from quantize.runs import find_run, read_gathered
 
 _ROWS = 12  # of each table of groups; sensitivity.json has all
@@ -82,6 +82,8 @@ def study(asked: Asked, progress: Any = None) -> tuple[str, Path]:
         raise UserError(f"--batch-size {asked.batch_size}: 1 or more")
     if not 0 < asked.growth < math.inf:
         raise UserError(f"--growth {asked.growth}: a share above 0, such as 0.1 for a tenth")
+    if asked.output is not None:
+        refuse_run(asked.output)
     subject = _subject(asked)
     job = {
         "kind": "sensitivity",
@@ -98,7 +100,7 @@ def study(asked: Asked, progress: Any = None) -> tuple[str, Path]:
         "trust_remote_code": subject.trust_remote_code,
     }
     output = subject.output
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     request = output / "sensitivity.request.json"  # beside it the log, where something fails
     (found,) = run_jobs([job], request, progress)
     for path in output.glob(f"{request.stem}.*"):
@@ -106,13 +108,14 @@ def study(asked: Asked, progress: Any = None) -> tuple[str, Path]:
     found = {"model": subject.name, "format": dict(subject.format), "data": str(subject.data), **found}
     plots = draw_sensitivity(found)
     blocks = list(_blocks(found, subject, [Figure(f"plots/{plot.name}.png", plot.caption, plot.svg) for plot in plots]))
-    (output / "plots").mkdir(exist_ok=True)
-    for plot in plots:
-        (output / "plots" / f"{plot.name}.png").write_bytes(plot.png)
     text = to_markdown(blocks)
-    write_atomically(output / "sensitivity.json", json.dumps(found, indent=1, allow_nan=False))
-    write_atomically(output / "report.md", text)
-    write_atomically(output / "report.html", to_html(f"sensitivity of {subject.name}", blocks))
+    with writing_to(output):
+        (output / "plots").mkdir(exist_ok=True)
+        for plot in plots:
+            (output / "plots" / f"{plot.name}.png").write_bytes(plot.png)
+        write_atomically(output / "sensitivity.json", json.dumps(found, indent=1, allow_nan=False))
+        write_atomically(output / "report.md", text)
+        write_atomically(output / "report.html", to_html(f"sensitivity of {subject.name}", blocks))
     return text, output
 
 
@@ -128,7 +131,7 @@ def _subject(asked: Asked) -> Subject:
     if not (folder / "config.json").is_file() and run is not None:
         raise UserError(f"{folder} is gone; make it anew with: train --resume {run}")
     if not (folder / "config.json").is_file():
-        raise UserError(f"{asked.source} is neither a run nor a folder with a config.json")
+        raise is_neither(asked.source, asked.root, "a folder with a config.json")
     if name is None:
         raise UserError(f"--scheme: say which format, one of {', '.join(SCHEMES)}")
     if asked.data is None and run is None:

@@ -95,8 +95,9 @@ def share_interval(hits: ArrayLike, tokens: ArrayLike, *, seed: int = 0, resampl
     count = _tokens(tokens)
     found = loss_interval(hits, count, seed=seed, resamples=resamples)
     n = _effective(count)
-    low, high = _wilson(found.value * n, n) if _is_unknown(found) else (found.low, found.high)
-    return Interval(found.value, max(low, 0.0), min(high, 1.0))
+    known = np.count_nonzero(count) < _FEWEST or not _is_unknown(found)
+    low, high = (found.low, found.high) if known else _wilson(found.value * n, n)
+    return _within(Interval(found.value, low, high), 0.0, 1.0)
 
 
 def paired_share_difference(shares_a: ArrayLike, shares_b: ArrayLike, *, seed: int = 0) -> Interval:
@@ -112,13 +113,13 @@ def paired_share_difference(shares_a: ArrayLike, shares_b: ArrayLike, *, seed: i
     ones = np.ones(len(np.asarray(shares_a)))
     found = paired_loss_difference(shares_a, shares_b, ones, seed=seed)
     low, high = found.low, found.high
-    if _is_unknown(found):
+    if len(ones) >= _FEWEST and _is_unknown(found):
         apart = _sums(shares_a, ones) - _sums(shares_b, ones)
         n, for_a, for_b = len(ones) + 2, apart.clip(min=0).sum() + 0.5, (-apart).clip(min=0).sum() + 0.5
         centre = (for_a - for_b) / n
         half = _Z95 * math.sqrt(for_a + for_b - (for_a - for_b) ** 2 / n) / n
         low, high = min(found.value, centre - half), max(found.value, centre + half)
-    return Interval(found.value, max(low, -1.0), min(high, 1.0))
+    return _within(Interval(found.value, low, high), -1.0, 1.0)
 
 
 def recovered_interval(
@@ -218,7 +219,7 @@ def mcnemar(exact_a: ArrayLike, exact_b: ArrayLike) -> float:
     for k in range(min(only_a, only_b)):
         term = term * (n - k) // (k + 1)  # each from the one before: math.comb for each takes seconds at n = 10,000
         tail += term
-    return min(1.0, 2 * tail / 2**n)  # integers until the division: exact, and no overflow at any n
+    return min(1.0, 2 * tail / (1 << n))  # integers until the division: exact, and no overflow at any n
 
 
 def sign_flip(differences: ArrayLike, *, seed: int = 0, resamples: int = 10_000) -> float:
@@ -362,6 +363,13 @@ def _edge(is_possible: Callable[[float], bool], inside: float, step: float) -> f
         middle = (inside + outside) / 2
         inside, outside = (middle, outside) if is_possible(middle) else (inside, middle)
     return inside
+
+
+def _within(interval: Interval, least: float, most: float) -> Interval:
+    """Bounds no further out than values can lie; unknown ones stay so."""
+    low = max(interval.low, least) if math.isfinite(interval.low) else interval.low
+    high = min(interval.high, most) if math.isfinite(interval.high) else interval.high
+    return Interval(interval.value, low, high)
 
 
 def _is_unknown(interval: Interval) -> bool:

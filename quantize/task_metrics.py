@@ -24,6 +24,8 @@ from quantize.statistics import (
     mean_interval,
     paired_accuracy_difference,
     paired_loss_difference,
+    paired_share_difference,
+    share_interval,
     sign_flip,
 )
 from quantize.tasks import Row
@@ -39,21 +41,29 @@ class Results:
     Attributes:
         values: [S] the metric, or nats summed over `weights`.
         weights: [S] 1, or words or bytes.
+        higher_is_better: false of nats, whose bounds are not those of a share wherever they lie.
     """
 
     values: NDArray[np.float64]
     weights: NDArray[np.float64]
+    higher_is_better: bool
 
     @property
     def binary(self) -> bool:
         """Right or wrong, nothing between."""
         return bool(np.isin(self.values, (0.0, 1.0)).all() and (self.weights == 1).all())
 
+    @property
+    def share(self) -> bool:
+        """From 0 to 1, as an accuracy is; shown in percent and percentage points."""
+        within = ((self.values >= 0) & (self.values <= 1) & (self.weights == 1)).all()
+        return self.higher_is_better and bool(within)
+
     def interval(self) -> Interval:
         """The task's score."""
         if self.binary:
             return accuracy_interval(self.values == 1)
-        return loss_interval(self.values, self.weights)
+        return (share_interval if self.share else loss_interval)(self.values, self.weights)
 
 
 Rows = Mapping[str, Sequence[Row]]  # by arm; only arms that were run
@@ -85,7 +95,7 @@ def task_metrics(
         tasks[name] = {
             "metric": first[0].metric,
             "higher_is_better": first[0].higher_is_better,
-            "share": bool(results) and first[0].higher_is_better and all(_is_share(each) for each in results.values()),
+            "share": bool(results) and all(each.share for each in results.values()),
             "n_samples": len(first),
             **{arm: results[arm].interval().as_dict() if arm in results else dict(NOTHING) for arm in arms},
             "comparisons": {f"{a}_vs_{b}": _compare(results.get(a), results.get(b)) for a, b in comparisons},
@@ -141,7 +151,7 @@ def _results(arm: str, name: str, rows: Sequence[Row]) -> Results:
             f"{arm}: {name} has no number for {broken} of {len(rows)} samples: the model's numbers overflow; "
             "lower train.learning_rate or set quantize.dtype to float32"
         )
-    return Results(values, np.array([row.weight for row in rows]))
+    return Results(values, np.array([row.weight for row in rows]), rows[0].higher_is_better)
 
 
 def _compare(a: Results | None, b: Results | None) -> dict[str, Any]:
@@ -151,7 +161,12 @@ def _compare(a: Results | None, b: Results | None) -> dict[str, Any]:
         right_a, right_b = a.values == 1, b.values == 1
         difference, p = paired_accuracy_difference(right_a, right_b), mcnemar(right_a, right_b)
     else:
-        difference = paired_loss_difference(a.values, b.values, a.weights)
+        both = a.share and b.share
+        difference = (
+            paired_share_difference(a.values, b.values)
+            if both
+            else paired_loss_difference(a.values, b.values, a.weights)
+        )
         p = sign_flip(a.values - b.values)
     return {**difference.as_dict(), "p": p, "p_holm": None}
 
@@ -187,8 +202,3 @@ def _mean(
     if len(counted) < 2:
         return whole, "a mean needs two tasks whose metric is a share of 1"
     return whole, "too few samples for an interval" if any(whole[arm]["value"] is None for arm in arms) else None
-
-
-def _is_share(results: Results) -> bool:
-    """From 0 to 1, as an accuracy is; shown in percent and percentage points."""
-    return bool(((results.values >= 0) & (results.values <= 1) & (results.weights == 1)).all())

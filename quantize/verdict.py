@@ -32,13 +32,7 @@ def verdict(metrics: Metrics) -> list[str]:
         *_tasks(metrics),
     ]
     if metrics["recovered"] is not None:
-        bounds = metrics["recovered_interval"]
-        known = bounds["low"] is not None
-        interval = f" (95% interval {bounds['low']:.0%} to {bounds['high']:.0%})" if known else ""
-        unclear = "" if known else f"; {why(metrics, 'recovered_interval.low')}"
-        sentences.append(
-            f"Of the loss that quantisation costs, {metrics['recovered']:.0%} is recovered{interval}{unclear}."
-        )
+        sentences.append(_recovery(metrics))
     if not sentences:
         return ["Nothing was compared in this run."]
     few = metrics["n_samples"] < _FEW_SAMPLES
@@ -49,6 +43,35 @@ def verdict(metrics: Metrics) -> list[str]:
         + (f"; with so few of them they are rough{none}." if few else ".")
     )
     return sentences
+
+
+def recovered_text(metrics: Metrics) -> str:
+    """`36% [20%, 50%]`, or `not shown` where the share has no bounds; a dash where nothing was to recover."""
+    share, bounds = metrics["recovered"], metrics["recovered_interval"]
+    if share is None:
+        return "-"
+    if bounds["low"] is None or bounds["high"] is None:
+        return "not shown"
+    return f"{share:.0%} [{bounds['low']:.0%}, {bounds['high']:.0%}]"
+
+
+def _recovery(metrics: Metrics) -> str:
+    share, low, high = metrics["recovered"], *(metrics["recovered_interval"][key] for key in ("low", "high"))
+    if low is None or high is None:
+        reason = why(metrics, "recovered_interval.low")
+        return f"How much is recovered of the loss that quantisation costs is not shown: {reason}."
+    interval = f"95% interval {low:.0%} to {high:.0%}"
+    if high < 0:
+        return f"QAT adds to the loss that quantisation costs, by {-share:.0%} of it ({interval} recovered)."
+    if low <= 0:
+        return f"That any of the loss that quantisation costs is recovered is not shown: {share:.0%} ({interval})."
+    return f"Of the loss that quantisation costs, {share:.0%} is recovered ({interval})."
+
+
+def is_shown(found: Mapping[str, Any]) -> bool:
+    """Whether a task's difference is claimed: p adjusted for the number of tasks, and the task's own interval."""
+    low, high, p = found["low"], found["high"], found["p_holm"]
+    return p is not None and p < 0.05 and low is not None and high is not None and bool(low > 0 or high < 0)
 
 
 def why(metrics: Metrics, key: str) -> str:
@@ -76,13 +99,14 @@ def _tasks(metrics: Metrics) -> Iterator[str]:
             words = words or "a mean score that these samples cannot tell from that of"
             count = metrics["tasks_mean"]["n_tasks"]
             yield f"On {count} tasks {a} has {words} {b}: {format_points(mean)} points, 95% interval in brackets."
-        clear = [name for name, found in compared.items() if found["p_holm"] < 0.05]
+        clear = [name for name, found in compared.items() if is_shown(found)]
         if clear:
             better = [name for name in clear if _is_better(metrics["tasks"][name], compared[name])]
             worse = [name for name in clear if name not in better]
             parts = [f"better on {', '.join(better)}"] * bool(better) + [f"worse on {', '.join(worse)}"] * bool(worse)
             found = " and ".join(parts)
-            yield f"Task by task, {a} is {found} than {b} (Holm-adjusted p < 0.05, {len(compared)} tasks)."
+            tested = f"{len(compared)} task{'s' * (len(compared) > 1)}"
+            yield f"Task by task, {a} is {found} than {b} (intervals without 0, Holm-adjusted p < 0.05, {tested})."
         else:
             tasks = "task" if len(compared) == 1 else f"of the {len(compared)} tasks"
             yield f"No {'single ' if len(compared) > 1 else ''}{tasks} shows a difference between {a} and {b}."
@@ -93,7 +117,10 @@ def _is_better(task: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
 
 
 def _finding(metrics: Metrics, first: str, second: str, name: str) -> Iterator[str]:
-    """Loss and accuracy of one arm against another; a difference is claimed only where its interval excludes 0."""
+    """Loss and accuracy of one arm against another.
+
+    A difference is claimed only where its interval excludes 0; of accuracies, only where McNemar's test agrees.
+    """
     compared = metrics["comparisons"][f"{first}_vs_{second}"]
     if compared["loss"]["value"] is None:
         return
@@ -112,10 +139,12 @@ def _finding(metrics: Metrics, first: str, second: str, name: str) -> Iterator[s
         f"{format_accuracy(a['accuracy'])} against {format_accuracy(b['accuracy'])}, {format_points(accuracy)} points"
     )
     words = _words(accuracy, "fewer exact answers than", "more exact answers than")
-    if words and compared["mcnemar_p"] is not None and compared["mcnemar_p"] < 0.05:
-        yield f"It has {words} {name}: {values}, McNemar p = {compared['mcnemar_p']:.2g}."
+    p = compared["mcnemar_p"]
+    tested = "" if p is None else f", McNemar p = {p:.2g}"
+    if words and p is not None and p < 0.05:
+        yield f"It has {words} {name}: {values}{tested}."
     else:
-        yield f"No difference in exact answers is shown between {first} and {name}: {values}."
+        yield f"No difference in exact answers is shown between {first} and {name}: {values}{tested}."
 
 
 def _words(interval: Mapping[str, float | None], below: str, above: str) -> str:

@@ -140,22 +140,32 @@ def benchmark(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> d
 
 
 def check_tasks(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Loads the tasks with their data: what cannot be loaded is found before anything is trained.
+    """Loads the tasks with their data and builds their requests: what cannot run is found before anything is trained.
 
-    Keys: tasks (settings of `quantize.tasks`), model (whose chat template they may need); optional chat_template,
+    Keys: tasks (settings of `quantize.tasks`), model (whose tokenizer they need); optional chat_template,
     trust_remote_code.
 
     Returns:
-        fingerprint of all that decides their results, and the number of samples by name.
-    """
-    from quantize.tasks import Settings, count_samples, fingerprint, load_tasks
+        fingerprint of all that decides their results; samples and num_fewshot (that was used, which for some tasks is
+        not what was asked for) by reported name.
 
-    settings = Settings(**job["tasks"])
-    if settings.chat_template and not _tokenizer(job).chat_template:
+    Raises:
+        UserError: a task cannot be loaded, or a request of it cannot be built.
+    """
+    from quantize.task_checks import check_runnable
+    from quantize.tasks import Settings, count_samples, few_shot_numbers, fingerprint, load_tasks
+
+    settings, tokenizer = Settings(**job["tasks"]), _tokenizer(job)
+    if settings.chat_template and not tokenizer.chat_template:
         raise UserError("eval.chat_template: this model's tokenizer has no chat template; set data.chat_template")
     tasks = load_tasks(settings)
-    samples = {name: count_samples(leaves, settings.limit) for name, leaves in tasks.items()}
-    return {"fingerprint": fingerprint(tasks, settings), "samples": samples}
+    found = {
+        "fingerprint": fingerprint(tasks, settings),
+        "samples": {name: count_samples(leaves, settings.limit) for name, leaves in tasks.items()},
+        "num_fewshot": few_shot_numbers(tasks),
+    }
+    check_runnable(tasks, settings, tokenizer)
+    return found
 
 
 def measure(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:

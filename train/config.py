@@ -176,8 +176,8 @@ class QuantizeConfig(Section):
     group_size: int | None = Field(default=None, ge=1)
     """Weights per scale; null = the scheme's own."""
     skip: list[str] = Field(default_factory=list)
-    """Linear layers that keep 16 bit: last parts of their names, blocks, or patterns ("down_proj", "model.layers.0",
-    "*.layers.[01].*"). `quantize sensitivity` proposes some."""
+    """Linear layers to leave unquantised: last parts of their names, blocks, or patterns ("down_proj",
+    "model.layers.0", "*.layers.[01].*"). `quantize sensitivity` proposes some."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the shipped model computes in, scales and unquantised weights included; auto = bfloat16 on CUDA, float32
     on CPU. QAT chooses the integers from the float32 sum W + s*B@A whatever it is."""
@@ -204,7 +204,7 @@ class EvalConfig(Section):
     """Rows at once in tasks; null = found by trying on CUDA, 8 on a CPU."""
 
     cost_batches: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [1, 8])
-    """Sequences at a time for which decoding is timed, in 16 bit and as shipped; [] = no timing."""
+    """Sequences at a time for which decoding is timed, unquantised and as shipped; [] = no timing."""
 
     def task_settings(self, seed: int) -> dict[str, Any] | None:
         """What `quantize.tasks.Settings` takes; None where there are no tasks."""

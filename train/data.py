@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,11 @@ class Prepared:
     fingerprint: str
     statistics: dict[str, Any]
     example: str
+
+    @property
+    def eval_fingerprint(self) -> str:
+        """Of the held-out rows alone: what the untouched model's scores depend on."""
+        return _fingerprint(self.eval)
 
 
 def prepare_data(config: DataConfig, tokenizer: Any, *, max_length: int, seed: int) -> Prepared:
@@ -292,7 +297,7 @@ def _statistics(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _fingerprint(*parts: list[dict[str, Any]]) -> str:
+def _fingerprint(*parts: Iterable[dict[str, Any]]) -> str:
     digest = hashlib.sha256()
     for rows in parts:
         for row in rows:

@@ -38,7 +38,7 @@ class Evaluations:
         job = self.jobs.check_tasks(model.folder)
         files = definition_key(self.config.eval.tasks)
         key = fingerprint_of(self.stages.model_key, job, files)
-        found = self.log.run("tasks", key, lambda: self.log.jobs("tasks", [job])[0])
+        found: dict[str, Any] = self.log.run("tasks", key, lambda: self.log.jobs("tasks", [job])[0])
         # The fingerprint is of what lm-eval loaded; code beside a task, few-shot files and the template decide too.
         self.task_key = fingerprint_of(found["fingerprint"], files, self.jobs.chat_template)
         return found
@@ -47,7 +47,9 @@ class Evaluations:
         """The model before fine-tuning, kept across runs, and quantised as it is, across those of one format."""
         from quantize.convert import folder_bytes
 
-        plain = [self.stages.model_key, self.stages.data_key, self.stages.plain_dtype, self.config.eval.batch_size]
+        # The rows of training are no part of it: a sweep over their number evaluates the untouched model once.
+        plain = [self.stages.model_key, data.eval_fingerprint, self.stages.plain_dtype, self.config.eval.batch_size]
+        plain.append(self.config.model.trust_remote_code)
         keys = {"base": fingerprint_of(plain, self.computed_by)}
         if self.format is not None:
             keys["base_quantized"] = fingerprint_of(keys["base"], self.stages.format_key(), self.stages.merged_dtype)

@@ -25,24 +25,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from quantize.errors import UserError
 from quantize.names import is_kept
 from quantize.schemes import find_scheme
 from train.config import RunConfig
+from train.inputs import check_tasks
 from train.model_size import Linear, ModelSize, UnknownSize, find_size
+from train.plan_steps import Step, cannot_run, merged_dtype, steps_of
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _NF4_BYTES = 0.56  # 4 bits and a share of an absmax per 64 weights
 _CHUNK_TOKENS = 512
 _MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of the line; `skipped` says why it will not run, None = it runs."""
-
-    name: str
-    text: str
-    skipped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +77,7 @@ class Plan:
 def estimate(config: RunConfig) -> Plan:
     """The plan of a run: nothing is loaded, and of a hub model at most config.json is fetched."""
     device = "cuda" if _has_nvidia() else "cpu"
-    steps, obstacles = tuple(_steps(config, device)), tuple(_missing_files(config))
+    steps, obstacles = tuple(steps_of(config, device)), (*_missing_files(config), *_task_obstacles(config))
     try:
         size = find_size(config.model)
     except UnknownSize as error:
@@ -94,7 +88,7 @@ def estimate(config: RunConfig) -> Plan:
         _disk(config, size, device),
         device,
         size,
-        obstacles=(*obstacles, *coverage_obstacles(config, size)),
+        obstacles=(*obstacles, *coverage_obstacles(config, size), *_skip_obstacles(config, size)),
         notes=tuple(_notes(config, device)),
     )
 
@@ -126,69 +120,6 @@ def _mib(count: int) -> str:
     return f"{count / _MIB:,.1f} MiB" if count < 10 * 1024 * _MIB else f"{count / _MIB / 1024:,.1f} GiB"
 
 
-def _steps(config: RunConfig, device: str) -> Iterator[Step]:
-    scheme, qat = config.scheme_name, config.qat
-    source = f"random {config.model.architecture} ({config.model.random})" if config.model.random else config.model.id
-    work = _work(config)
-    yield Step("model", f"{source}, with the {config.model.backend} backend")
-    yield Step("data", f"{config.data.train}, {config.data.eval_samples} held-out rows")
-    cached = " (or an earlier run's scores: same model, data and settings)" if config.eval.baseline_cache else ""
-    yield Step("baseline", f"evaluate the untouched model{cached}")
-    no_control = (
-        "eval.control is false" if not config.eval.control else None if qat else "qat is null: it would be the same run"
-    )
-    yield Step("control", f"{work}, without QAT", no_control)
-    yield Step("prepare QAT", f"{qat}, {_method(config)}", None if qat else "qat is null")
-    yield Step("fit", _work(config.for_qat()) if qat else work)
-    yield Step(
-        "merge", f"in {_merged_dtype(config, device)}", None if config.lora else "lora is null: nothing to merge"
-    )
-    yield Step("evaluate tuned", "loss, accuracy and KL of the 16-bit model")
-    nothing = "neither qat nor quantize.scheme is set" if scheme is None else None
-    yield Step("quantize", f"{scheme} for {_target(config)}", nothing or _cannot_run(config, device))
-    simulated = ", simulated" if not nothing and _cannot_run(config, device) else ""
-    yield Step("evaluate final", f"the model as shipped, reloaded from disk{simulated}", nothing)
-    yield Step("report", "metrics.json, report.md, report.html")
-
-
-def _work(config: RunConfig) -> str:
-    train = config.train
-    length = f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epoch(s)"
-    method = f"LoRA r={config.lora.r}" if config.lora else "full fine-tuning"
-    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    return f"{method}, {length} of {batch} rows, learning rate {train.learning_rate:g}"
-
-
-def _method(config: RunConfig) -> str:
-    """What `fake_quant` asks for, in words."""
-    asked = config.fake_quant
-    words = [f"adapter {asked.placement}"]
-    first = f"{asked.starts_at:.0%} of the" if asked.starts_at < 1 else asked.starts_at
-    words += [f"16 bit for the first {first} steps"] if asked.starts_at else []
-    words += ["on from the control's adapter"] if asked.initial == "control" else []
-    words += [f"{asked.ranges} ranges"] if asked.ranges != "minmax" else []
-    words += ["learned scales"] if asked.learned_scales else []
-    words += [f"{asked.distill:.0%} of the loss from teacher {asked.teacher}"] if asked.distill else []
-    return ", ".join(words)
-
-
-def _target(config: RunConfig) -> str:
-    if not config.scheme_name:
-        return config.quantize.target or ""
-    return " or ".join(target.name for target in find_scheme(config.scheme_name).eligible(config.quantize.target))
-
-
-def _cannot_run(config: RunConfig, device: str) -> str | None:
-    """Why no target can run here, as far as can be told without torch."""
-    if config.scheme_name is None or device == "cuda":
-        return None
-    chosen = find_scheme(config.scheme_name).eligible(config.quantize.target)
-    if not all(target.needs for target in chosen):
-        return None
-    needs = ", ".join(need for target in chosen for need in target.needs)
-    return f"needs {needs}, and no NVIDIA driver was found; merged/ is written, `quantize convert` finishes elsewhere"
-
-
 def _memory(config: RunConfig, size: ModelSize, device: str) -> dict[str, int]:
     width = _train_bytes(config, device)
     trained, tokens = _trained(config, size), config.train.per_device_train_batch_size * config.train.max_length
@@ -217,16 +148,16 @@ def _memory(config: RunConfig, size: ModelSize, device: str) -> dict[str, int]:
 
 def _disk(config: RunConfig, size: ModelSize, device: str) -> dict[str, int]:
     trained, twins = _trained(config, size), 2 if config.eval.control and config.qat else 1
-    merged = size.parameters * _BYTES[_merged_dtype(config, device)]
+    merged = size.parameters * _BYTES[merged_dtype(config, device)]
     adapter = trained * 4 if config.lora else 0
     state = trained * (12 if config.lora else 3 * _train_bytes(config, device))
     parts = {"checkpoints (two are kept)": 2 * state * twins, "adapter": adapter * twins, "merged": merged * twins}
-    if config.scheme_name and not _cannot_run(config, device):
+    if config.scheme_name and not cannot_run(config, device):
         group = config.quantize.group_size or find_scheme(config.scheme_name).group_size
         scales = size.linear_weights * 4 // group if group else 0
-        rest = (size.parameters - size.linear_weights) * _BYTES[_merged_dtype(config, device)]
+        rest = (size.parameters - size.linear_weights) * _BYTES[merged_dtype(config, device)]
         wide = sum(_kept(config, line) * line.weights // line.count for line in size.linears)
-        rest += wide * (_BYTES[_merged_dtype(config, device)] - 1)
+        rest += wide * (_BYTES[merged_dtype(config, device)] - 1)
         parts["quantized (at most)"] = size.linear_weights + scales + rest
     return parts
 
@@ -242,6 +173,14 @@ def _missing_files(config: RunConfig) -> Iterator[str]:
     for key, name in (("train", config.data.train), ("eval", config.data.eval)):
         if name and name.endswith((".json", ".jsonl", ".csv", ".parquet")) and not Path(name).is_file():
             yield f"data.{key}: there is no file {name}"
+
+
+def _task_obstacles(config: RunConfig) -> Iterator[str]:
+    """Benchmarks that lm-eval does not know; their data is not looked at."""
+    try:
+        check_tasks(config.eval)
+    except UserError as error:
+        yield from error.lines
 
 
 def coverage_obstacles(config: RunConfig, size: ModelSize) -> Iterator[str]:
@@ -269,13 +208,32 @@ def coverage_obstacles(config: RunConfig, size: ModelSize) -> Iterator[str]:
 
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
+_PREFIXES = ("model", "model.language_model", "language_model.model")  # of a text model, and inside a multimodal one
+
+
+def _layer_names(linear: Linear, prefix: str = "model") -> list[str]:
+    """Names of a kind's layers, as most models have them."""
+    part = "self_attn" if linear.name in _ATTENTION else "mlp"
+    return [f"{prefix}.layers.{number}.{part}.{linear.name}" for number in range(linear.count)]
 
 
 def _kept(config: RunConfig, linear: Linear) -> int:
-    """How many of a kind's layers `quantize.skip` keeps in 16 bit, by the names that most models have."""
-    part = "self_attn" if linear.name in _ATTENTION else "mlp"
-    names = (f"model.layers.{number}.{part}.{linear.name}" for number in range(linear.count))
-    return sum(is_kept(name, config.quantize.skip) for name in names)
+    """How many of a kind's layers `quantize.skip` keeps in 16 bit."""
+    return sum(is_kept(name, config.quantize.skip) for name in _layer_names(linear))
+
+
+def _skip_obstacles(config: RunConfig, size: ModelSize) -> Iterator[str]:
+    """Entries of `quantize.skip` that fit no layer, which `select_layers` refuses after the model is loaded."""
+    kinds = [line.name for line in size.linears]
+    if not set(kinds) - set(_ATTENTION):
+        return  # what experts and their routers are called is not known here
+    names = [name for line in size.linears for prefix in _PREFIXES for name in _layer_names(line, prefix)]
+    lost = [each for each in config.quantize.skip if not any(is_kept(name, [each]) for name in [*names, "lm_head"])]
+    if lost:
+        yield (
+            f"quantize.skip: {', '.join(map(repr, lost))} fits no linear layer, as {size.source} tells: they end in "
+            f"{', '.join(kinds)}, the first is {names[0]}"
+        )
 
 
 def _trained(config: RunConfig, size: ModelSize) -> int:
@@ -295,16 +253,6 @@ def _train_dtype(config: RunConfig, device: str) -> str:
 
 def _train_bytes(config: RunConfig, device: str) -> int:
     return _BYTES[_train_dtype(config, device)]
-
-
-def _merged_dtype(config: RunConfig, device: str) -> str:
-    chosen = config.quantize.dtype
-    if chosen != "auto":
-        return chosen
-    scheme = find_scheme(config.scheme_name) if config.scheme_name else None
-    wanted = {target.dtype for target in scheme.eligible(config.quantize.target)} if scheme else set()
-    fixed = next(iter(wanted)) if len(wanted) == 1 else None
-    return fixed or ("bfloat16" if device == "cuda" else "float32")
 
 
 def _has_nvidia() -> bool:

@@ -90,8 +90,10 @@ class StageLog:
     def jobs(self, name: str, jobs: list[dict[str, Any]]) -> list[Any]:
         """The results of jobs that a fresh process does (see `quantize.worker`)."""
 
+        counted = "tasks" if name.startswith("tasks-") else "samples"
+
         def progress(job: str, done: int, total: int) -> None:
-            self.events.emit(Event("progress", {"stage": job, "done": done, "total": total, "text": "samples"}))
+            self.events.emit(Event("progress", {"stage": job, "done": done, "total": total, "text": counted}))
 
         return run_jobs(jobs, self.directory.path / "eval" / f"{name}.request.json", progress)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quantize.jobs import Jobs
 from quantize.runs import GATHERED_VERSION
 from quantize.schemes import find_scheme
+from train.config import EvalConfig
 from train.events import Event, Sinks
 from train.stage_log import Format, StageLog, Tuned, fingerprint_of
 
@@ -240,7 +241,7 @@ class Stages:
             if self.config.model.random is None
             else f"random {self.config.model.architecture}",
             "data": self.config.data.train,
-            "recipe": self.config.model_dump(mode="json", include={"qat", "lora", "fake_quant", "train", "quantize"}),
+            "recipe": self._recipe(),
             "versions": manifest["packages"],
             "losses": {arm: self.directory.training_losses(arm) for arm in ("tuned", "control")},
             "seconds": {name: entry["seconds"] for name, entry in manifest["stages"].items() if "seconds" in entry},
@@ -255,6 +256,7 @@ class Stages:
             **self.jobs.task_settings(),
             "version": GATHERED_VERSION,
             "task_key": tasks.get("fingerprint", ""),
+            "task_fewshot": tasks.get("num_fewshot", {}),
             "cost_batches": self.config.eval.cost_batches,
             "baseline": baseline,
             "arms": arms,
@@ -271,6 +273,17 @@ class Stages:
         return metrics, text
 
     # ------------------------------------------------------------------ helpers
+
+    def _recipe(self) -> dict[str, Any]:
+        """The settings that decide the numbers, as they were used: a default that depends on others by its value."""
+        parts: dict[str, Any] = dict.fromkeys(("model", "data", "qat", "lora", "fake_quant", "train", "quantize"), True)
+        parts |= {"eval": set(EvalConfig.model_fields) - {"baseline_cache"}, "run": {"seed"}}
+        recipe: dict[str, Any] = self.config.model_dump(mode="json", include=parts)
+        recipe["fake_quant"]["start"] = self.config.fake_quant.starts_at
+        if self.format is not None:
+            recipe["quantize"] |= {key: value for key, value in self.format.job().items() if key in recipe["quantize"]}
+        recipe["quantize"]["dtype"] = self.merged_dtype
+        return recipe
 
     def _step(self, arm: str) -> Callable[[int, int, dict[str, float]], None]:
         def report(step: int, total: int, numbers: dict[str, float]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 _PACKAGES = (
     "ongrid", "torch", "torchao", "transformers", "peft", "trl", "datasets", "accelerate", "unsloth", "unsloth_zoo",
-    "triton", "bitsandbytes", "mslk-cuda", "wandb",
+    "triton", "bitsandbytes", "mslk-cuda", "lm_eval", "wandb",
 )  # fmt: skip
 
 

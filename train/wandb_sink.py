@@ -7,15 +7,21 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from quantize.arms import arm_rows
 from quantize.errors import UserError
 from quantize.metrics import ARMS, flatten
+from quantize.plots import main_pair
 from train.events import Event
 
 if TYPE_CHECKING:
     from train.config import RunConfig
     from train.rundir import RunDir
 
-_COLUMNS = ("arm", "loss", "accuracy")
+_BOUNDS = ("", "_low", "_high")
+_ARM_COLUMNS = [
+    "arm", "model", "loss", *(f"loss_vs_base{end}" for end in _BOUNDS),
+    "accuracy", *(f"accuracy_vs_base{end}" for end in _BOUNDS), "mib",
+]  # fmt: skip
 _REPORT_FILES = ("metrics.json", "report.md", "report.html")
 
 
@@ -86,11 +92,10 @@ class WandbSink:
             self._run.log({f"{arm}/{name}": value for name, value in data.items()} | {f"{arm}/step": step})
         elif event.kind == "metrics":
             self._run.summary.update(flatten(event.data))
-            rows = [[name, *(arm[key] for key in _COLUMNS[1:])] for name, arm in event.data.items() if _is_arm(arm)]
-            self._run.log({"arms": self._wandb.Table(columns=list(_COLUMNS), data=rows)})
+            self._run.log({"arms": self._wandb.Table(columns=_ARM_COLUMNS, data=_arm_rows(event.data))})
             if event.data.get("tasks"):
-                table = self._wandb.Table(columns=["task", "metric", *ARMS], data=_task_rows(event.data))
-                self._run.log({"tasks": table})
+                columns, rows = _task_table(event.data)
+                self._run.log({"tasks": self._wandb.Table(columns=columns, data=rows)})
         else:
             plots = sorted((self._path / "plots").glob("*.png"))
             if plots:
@@ -105,9 +110,34 @@ class WandbSink:
         self._run.finish(exit_code=self._exit_code)
 
 
-def _task_rows(metrics: Mapping[str, Any]) -> list[list[Any]]:
-    return [[name, task["metric"], *(task[arm]["value"] for arm in ARMS)] for name, task in metrics["tasks"].items()]
+def _arm_rows(metrics: Mapping[str, Any]) -> list[list[Any]]:
+    """The report's table, as numbers."""
+    return [
+        [
+            row.name, row.description, row.loss, *_with_bounds(row.loss_vs_base),
+            row.accuracy, *_with_bounds(row.accuracy_vs_base), row.size_mib,
+        ]
+        for row in arm_rows(metrics)
+    ]  # fmt: skip
 
 
-def _is_arm(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("loss") is not None and "accuracy" in value
+def _task_table(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of the report's table of tasks, as numbers."""
+    first, second = main_pair(metrics)
+    pair = f"{first}_vs_{second}"
+    columns = ["task", "metric", "n_samples", *ARMS, *(f"{pair}{end}" for end in _BOUNDS), "p", "p_holm"]
+    rows: list[list[Any]] = []
+    for name, task in metrics["tasks"].items():
+        compared = task["comparisons"][pair]
+        scores = [task[arm]["value"] for arm in ARMS]
+        tested = [*_with_bounds(compared), compared["p"], compared["p_holm"]]
+        rows.append([name, task["metric"], task["n_samples"], *scores, *tested])
+    mean = metrics["tasks_mean"]
+    if any(mean[arm]["value"] is not None for arm in ARMS):
+        scores = [mean[arm]["value"] for arm in ARMS]
+        rows.append(["mean", "", mean["n_tasks"], *scores, *_with_bounds(mean["comparisons"][pair]), None, None])
+    return columns, rows
+
+
+def _with_bounds(found: Mapping[str, float | None]) -> list[float | None]:
+    return [found[key] for key in ("value", "low", "high")]

@@ -102,7 +102,11 @@ def test_tasks_run_on_every_arm_and_their_results_lie_side_by_side(runs: Any) ->
         "decoding 2 at a time",
         "## Which layer hurts",
         "## Where it lost most",
-        "| perplexity | nats per word | 6 |",
+        "| perplexity | word perplexity | 6 |",
+        "at most 6 samples of each",
+        "| eval.limit | 6 |",
+        "| data.train_samples |",
+        "| lm_eval |",
     ):
         assert words in report
     assert (run / "plots" / "forest.png").stat().st_size > 1000
@@ -113,7 +117,8 @@ def test_tasks_run_on_every_arm_and_their_results_lie_side_by_side(runs: Any) ->
 
     before = kept("base"), kept("base_quantized")
     assert all(before)
-    again = runs.finish(*TINY, *options, "--run.name=tasks-again", "--train.learning-rate=2e-3")
+    again = runs.finish(*TINY, *options, "--run.name=tasks-again", "--train.learning-rate=2e-3",
+                        "--data.train-samples=100")  # fmt: skip
     assert (kept("base"), kept("base_quantized")) == before
     assert runs.metrics(again)["tasks"]["choices"]["base"] == metrics["tasks"]["choices"]["base"]
     other = runs.finish(*TINY, *options, "--run.name=tasks-groups", "--quantize.skip=o_proj", "--eval.control=False")

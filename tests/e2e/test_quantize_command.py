@@ -32,7 +32,7 @@ def test_a_folder_becomes_a_quantised_checkpoint(finished: Path, runs: Any, tmp_
     options = ("--scheme", "int8-int4", "--group-size", "64", "--output", str(output))
     done = runs.quantize("convert", str(finished / "merged"), *options)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "kept in 16 bit: lm_head" in done.stdout
+    assert "not quantised: lm_head" in done.stdout
     weight = AutoModelForCausalLM.from_pretrained(output).model.layers[0].mlp.down_proj.weight
     assert list(weight.block_size) == [1, 64]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
@@ -46,7 +46,7 @@ def test_layers_that_are_skipped_keep_16_bit_and_load_so(finished: Path, runs: A
     options = ("--scheme", "int8-int4", "--skip", "down_proj", "model.layers.0", "--output", str(output))
     done = runs.quantize("convert", str(finished / "merged"), *options)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "kept in 16 bit: model.layers.0.self_attn.q_proj (quantize.skip keeps it in 16 bit)" in done.stdout
+    assert "not quantised: model.layers.0.self_attn.q_proj (quantize.skip leaves it unquantised)" in done.stdout
     model, plain = (AutoModelForCausalLM.from_pretrained(folder) for folder in (output, finished / "merged"))
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -87,15 +87,18 @@ def test_sensitivity_of_a_folder_takes_a_text(finished: Path, runs: Any, tmp_pat
         (["RUN", "--samples", "1"], "--samples: 2 or more"),
         (["RUN", "--growth", "0"], "--growth 0.0: a share above 0"),
         (["RUN", "--scheme", "int5"], "unknown scheme 'int5'"),
-        (["nowhere", "--scheme", "int4"], "nowhere is neither a run nor a folder with a config.json"),
+        (["nowhere", "--scheme", "int4"], "nowhere is neither a run nor a folder with a config.json: there is none at"),
+        (["RUN", "--output", "RUN"], "is a run, whose own report would be lost; name another folder"),
+        (["RUN", "--output", "RUN/manifest.json/x"], "manifest.json is a file, not a folder); name another folder"),
     ],
 )
 def test_what_cannot_be_scanned_is_exit_2(
     options: list[str], said: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = {"MERGED": finished / "merged", "RUN": finished}
-    command = ["sensitivity", *(str(places.get(word, word)) for word in options), "--output", str(tmp_path / "page")]
-    assert main(command) == 2
+    places |= {"RUN/manifest.json/x": finished / "manifest.json" / "x"}
+    output = [] if "--output" in options else ["--output", str(tmp_path / "page")]
+    assert main(["sensitivity", *(str(places.get(word, word)) for word in options), *output]) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
 
@@ -294,6 +297,9 @@ def test_runs_are_compared_on_one_page_in_pairs(finished: Path, runs: Any, tmp_p
     row = next(line for line in text.splitlines() if line.startswith("| other-format | final | int3, cpu |"))
     difference = runs.metrics(other)["final"]["loss"] - runs.metrics(finished)["final"]["loss"]
     assert f"{difference:+.4f} [" in row
+    assert "recovered, other-format: ptq: eval.control is false" in text
+    assert "other-format: eval.cost_batches is empty" in text
+    assert done.stdout.rstrip().endswith(f"report: {output / 'report.html'}")
     assert "<svg" in (output / "report.html").read_text() and (output / "plots" / "size.png").is_file()
 
 
@@ -324,7 +330,7 @@ def test_the_same_samples_in_another_order_are_paired_and_equal_names_told_apart
         ("metrics.json", "cannot be read"),
         ("loss", "is damaged or of another version"),
         ("samples", "final.parquet cannot be read"),
-        ("tasks", "final.tasks.parquet cannot be read"),
+        ("tasks", "tasks.choices.metric is missing"),
         ("unfinished", "is not finished; continue it with: train --resume"),
         ("alone", "compare needs two runs or more"),
         ("nowhere", "is neither a run nor a folder of runs"),

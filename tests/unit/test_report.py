@@ -7,19 +7,23 @@ import math
 import re
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from quantize.arms import format_difference, format_points
+from quantize.document import Items, to_markdown
 from quantize.errors import UserError
 from quantize.metrics import ARMS, SIZES, build_metrics, flatten, unexplained
 from quantize.plots import draw_plots
 from quantize.report import ReportContext, arm_rows, render_html, render_markdown, verdict
+from quantize.samples import worst_samples
 from quantize.schemes import SCHEMES
 from quantize.tasks import Row
-from quantize.verdict import why
+from quantize.verdict import recovered_text, why
 
 CONTRACT = [
     *(f"{arm}.{key}" for arm in ARMS for key in ("loss", "accuracy", "perplexity", "vs_base.loss.value", "simulated")),
@@ -96,7 +100,7 @@ def build(**changes: Any) -> dict[str, Any]:
             "memory_mib": 240.0,
             "bits_per_weight": 8.5,
         },
-        "coverage": {"quantized_fraction": 1.0, "skipped": {"lm_head": "kept in 16 bit by the scheme"}},
+        "coverage": {"quantized_fraction": 1.0, "skipped": {"lm_head": "int8-int4 leaves it unquantised"}},
         "scheme": "int8-int4",
         "target": "cpu",
         "dtype": "float32",
@@ -295,6 +299,69 @@ def test_tasks_are_compared_in_pairs_and_claimed_only_where_they_differ() -> Non
     assert "| spelling | acc | 60 | 33.3 | 83.3 | 66.7 | 81.7 | -1.7 [" in text
 
 
+def test_a_task_whose_interval_includes_0_is_not_claimed_whatever_its_p() -> None:
+    metrics = build(task_rows=task_rows())
+    compared = metrics["tasks"]["spelling"]["comparisons"]["final_vs_ptq"]
+    for low, high in ((None, None), (-0.01, 0.3), (0.0, 0.3)):
+        compared |= {"low": low, "high": high, "p_holm": 0.001}
+        metrics["tasks"] = {"spelling": metrics["tasks"]["spelling"]}
+        assert "No task shows a difference between final and ptq." in verdict(metrics)
+
+
+@pytest.mark.parametrize(
+    ("share", "low", "high", "said"),
+    [
+        (0.36, 0.2, 0.5, "Of the loss that quantisation costs, 36% is recovered (95% interval 20% to 50%)."),
+        (0.1, -0.2, 0.5, "That any of the loss that quantisation costs is recovered is not shown: 10% (95% interval"),
+        (2.1, None, None, "How much is recovered of the loss that quantisation costs is not shown: the loss that"),
+        (-0.3, -0.5, -0.1, "QAT adds to the loss that quantisation costs, by 30% of it"),
+    ],
+)
+def test_recovery_is_claimed_as_far_as_its_interval_goes(
+    share: float, low: float | None, high: float | None, said: str
+) -> None:
+    metrics = build()
+    metrics |= {"recovered": share, "recovered_interval": {"low": low, "high": high}}
+    metrics["why"]["recovered_interval"] = "the loss that quantisation costs is not clearly above 0"
+    found = [sentence for sentence in verdict(metrics) if "recovered" in sentence]
+    assert len(found) == 1 and found[0].startswith(said)
+    assert recovered_text(metrics) == ("not shown" if low is None else f"{share:.0%} [{low:.0%}, {high:.0%}]")
+
+
+def test_agreement_on_every_token_is_not_certain() -> None:
+    same = {arm: replace(each, top1=each.tokens) for arm, each in ALL_ARMS.items()}
+    bounds = build(arms=same)["kl"]["final_top1_interval"]
+    assert bounds["high"] == 1.0 and 0.9 < bounds["low"] < 0.99
+
+
+def test_an_arm_that_overflows_on_tasks_alone_is_left_out_of_their_worst_samples(tmp_path: Path) -> None:
+    rows = task_rows()
+    del rows["ptq"]
+    for arm, each in ALL_ARMS.items():
+        pyarrow.parquet.write_table(pyarrow.table({"nll": each.nll}), tmp_path / f"{arm}.parquet")
+    found = worst_samples(tmp_path, ALL_ARMS, rows)
+    assert found and all([side.arm for side in sample.sides] == ["control", "final"] for sample in found)
+
+
+def test_a_text_is_reported_by_its_perplexity_and_two_by_their_ratio() -> None:
+    settings = {"limit": 40, "chat_template": True}
+    context = ReportContext(run="x", task_settings=settings, few_shot={"spelling": 5, "text": 0})
+    text = render_markdown(build(task_rows=task_rows()), context)
+    row = next(line for line in text.splitlines() if line.startswith("| text |"))
+    assert "| word perplexity | 40 |" in row and f"| {math.exp(2.1):.4f} | x{math.exp(0.1):.4f} [" in row
+    assert (
+        "run by lm-eval, at most 40 samples of each, in the chat template, 5 examples in the prompts of spelling, "
+        "no examples in the prompts of text." in text
+    )
+
+
+def test_text_of_models_is_shown_as_it_is() -> None:
+    said = ["- no list", "1. no list", "costs $5 and $6", "~~kept~~", "a &lt; b", "AT&T", "3.5 apples"]
+    text = to_markdown([Items(said)])
+    escaped = [r"\- no list", r"1\. no list", r"costs \$5 and \$6", r"\~\~kept\~\~", r"a \&lt; b", "AT&T", "3.5 apples"]
+    assert text.splitlines() == [f"- {each}" for each in escaped]
+
+
 def test_two_questions_of_198_read_as_noise() -> None:
     """torchao's documentation calls a like difference a recovery of 66.9%."""
     rows = {}
@@ -330,7 +397,10 @@ def test_a_fine_tune_without_a_format_is_compared_with_what_it_began_with() -> N
     metrics = build(arms=arms, task_rows=rows, scheme=None, target=None, train_ship_gap=None, coverage={})
     first, *others = verdict(metrics)
     assert first.startswith("The fine-tuned model (tuned) has a lower loss than the untouched model (base)")
-    assert "Task by task, tuned is better on spelling, text than base (Holm-adjusted p < 0.05, 2 tasks)." in others
+    assert (
+        "Task by task, tuned is better on spelling, text than base (intervals without 0, Holm-adjusted p < 0.05, "
+        "2 tasks)." in others
+    )
     text = render_markdown(metrics, ReportContext(run="x", plots=draw_plots(metrics, {})))
     assert "tuned - base [95%]" in text and "| spelling | acc | 60 | 33.3 | 83.3 | +50.0 [" in text
     assert "tuned minus base, percentage points" in text and "final - " not in text
@@ -352,7 +422,10 @@ def _cost(prefill: float, decode: dict[str, float], peak: float) -> dict[str, An
 def test_the_cost_names_its_dtype_and_what_is_saved_only_where_it_is() -> None:
     plain = _cost(500.0, {"1": 50.0, "8": 80.0}, 1000.0)
     text = render_markdown(build(cost=[plain, _cost(300.0, {"1": 99.0, "8": 40.0}, 800.0)]), ReportContext(run="x"))
-    assert "| tuned, in float32 | final, as shipped |" in text and "16 bit" not in text.replace("kept in 16 bit", "")
+    assert "| tuned, in float32 | final, as shipped |" in text and "16 bit" not in text
+    assert (
+        "In bfloat16 the unquantised model would take 269.1 MiB: what ships" in text and "is 0.88 times that." in text
+    )
     assert (
         "At batch 1 the shipped format decodes slower here than float32; what it saves there is memory and disk" in text
     )

@@ -6,15 +6,18 @@ import json
 import struct
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("wandb")
 
-from quantize.metrics import ARMS, build_metrics
+from quantize.metrics import build_metrics
 from quantize.plots import draw_plots
+from quantize.tasks import Row
 from train.config import RunConfig
 from train.events import Event
 from train.rundir import RunDir
@@ -23,20 +26,40 @@ from train.wandb_sink import WandbSink
 CONFIG = RunConfig.model_validate(
     {"qat": "int4", "model": {"id": "m"}, "data": {"train": "d"}, "track": {"wandb": "offline", "tags": ["t"]}}
 )
-METRICS: dict[str, Any] = {
-    "base": {"loss": 2.0, "accuracy": 0.25},
-    "control": {"loss": None, "accuracy": None},
-    "final": {"loss": 1.5, "accuracy": 0.5},
-    "size": {"final_mib": 10.0},
-    "tasks": {
-        "gsm8k": {"metric": "exact_match", **{arm: {"value": 0.5 if arm != "control" else None} for arm in ARMS}},
-    },
-    "why": {"control": "eval.control is false"},
-}
 NOTHING: dict[str, Any] = {
     "arms": {}, "why": {}, "train_ship_gap": None, "backend_gap": None, "reference": None, "size": {}, "coverage": {},
     "scheme": None, "target": None, "dtype": "float32", "simulated": False,
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FakeScores:
+    nll: np.ndarray
+    tokens: np.ndarray
+    exact: np.ndarray
+    kl: None = None
+    top1: None = None
+
+
+def _scores(loss: float, right: int) -> FakeScores:
+    return FakeScores(loss * np.ones(8) + np.linspace(-0.1, 0.1, 8), np.ones(8, dtype=np.int64), np.arange(8) < right)
+
+
+def _rows(right: int) -> list[Row]:
+    common: dict[str, Any] = {"name": "gsm8k", "task": "gsm8k", "doc_hash": "h", "metric": "exact_match", "weight": 1.0}
+    texts = {"higher_is_better": True, "prompt": "p", "target": "t", "response": "r"}
+    return [Row(doc_id=number, value=float(number < right), **common, **texts) for number in range(8)]
+
+
+METRICS: dict[str, Any] = build_metrics(
+    **{
+        **NOTHING,
+        "arms": {"base": _scores(2.0, 2), "final": _scores(1.5, 4)},
+        "why": {"control": "eval.control is false"},
+        "size": {"final_mib": 10.0},
+        "task_rows": {"base": _rows(2), "final": _rows(4)},
+    }
+)
 
 
 @pytest.fixture
@@ -110,7 +133,11 @@ def test_config_steps_summary_table_and_report_arrive(run: RunDir) -> None:
         summary |= _values(record.summary.update)
     assert logged["tuned/loss"] == 1.25 and logged["tuned/step"] == 3
     assert logged["arms._type"] == "table-file" and logged["arms.nrows"] == 2
-    assert logged["tasks._type"] == "table-file" and logged["tasks.ncols"] == 8
+    table = json.loads(next(run.path.rglob("arms_*.table.json")).read_text())
+    of_final = dict(zip(table["columns"], table["data"][1], strict=True))
+    assert of_final["arm"] == "final" and of_final["loss_vs_base"] == pytest.approx(-0.5) and of_final["mib"] == 10.0
+    assert of_final["accuracy_vs_base_low"] < 0.25 < of_final["accuracy_vs_base_high"]
+    assert logged["tasks._type"] == "table-file" and logged["tasks.ncols"] == 14
     assert logged["plots/loss._type"] == "image-file" and logged["plots/loss.width"] > 400
     assert summary["final.loss"] == 1.5 and summary["size.final_mib"] == 10.0
     assert "control.loss" not in summary

@@ -1,0 +1,74 @@
+"""`quantize`: where it looked for what it did not find, and outputs that cannot be written."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from quantize.cli import main
+from quantize.errors import UserError
+from quantize.files import make_folder, writing_to
+
+
+@pytest.mark.parametrize("verb", ["convert", "sensitivity", "compare"])
+def test_what_is_not_found_names_the_places(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "nope", "--root", "some/runs"]) == 2
+    error = capsys.readouterr().err
+    assert "nope is neither a run nor a folder" in error
+    assert error.rstrip().endswith("there is none at nope and some/runs/nope (--root)")
+
+
+@pytest.mark.parametrize("output", ["file/x", "file/x/y", "file"])
+def test_a_file_in_the_way_of_a_conversion_is_exit_2(
+    output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    command = ["convert", str(tmp_path / "model"), "--scheme", "int8-int4", "--target", "cpu"]
+    assert main([*command, "--output", str(tmp_path / output)]) == 2
+    said = f"error: --output {tmp_path / output} cannot be written ({tmp_path / 'file'} is a file, not a folder); name "
+    assert capsys.readouterr().err.startswith(said)
+    assert (tmp_path / "file").read_text() == "mine" and sorted(os.listdir(tmp_path)) == ["file", "model"]
+
+
+def test_a_folder_without_rights_is_said_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(
+        UserError, match=r"--output .*page cannot be written \(Permission denied\); name another folder"
+    ):
+        make_folder(tmp_path / "page")
+
+
+def test_what_fails_while_writing_names_option_and_file(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "page" / "report.md"))
+    (tmp_path / "page").mkdir()
+    said = r"--output .*page cannot be written \(.*report\.md: No space left on device\)"
+    with pytest.raises(UserError, match=said), writing_to(tmp_path / "page"):
+        raise full
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "runs/a/report.md"), 2),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/a/report.md"), 2),
+        (OSError(errno.EIO, "Input/output error", "runs/a/report.md"), 1),
+        (OSError("something of ours"), 1),
+    ],
+)
+def test_rights_and_full_disks_anywhere_are_the_users(
+    error: OSError, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("quantize.cli._schemes", fail)
+    assert main(["schemes"]) == code
+    said = capsys.readouterr().err
+    assert said == f"error: runs/a/report.md: {error.strerror}\n" if error.filename else "something of ours" in said
