@@ -79,13 +79,14 @@ def format_value(interval: Mapping[str, float | None], digits: int, *, factor: f
     return _with_interval(interval, factor, digits, sign="")
 
 
-def format_divergence(interval: Mapping[str, float | None], sign: str = "") -> str:
-    """Three digits that count, `0.0226 [0.0183, 0.028]`: divergences span decades."""
+def format_divergence(interval: Mapping[str, float | None], sign: str = "", digits: int = 3) -> str:
+    """Digits that count, `0.0226 [0.0183, 0.028]`: divergences and perplexities span decades."""
     value, low, high = interval["value"], interval["low"], interval["high"]
     if value is None:
         return "-"
-    bounds = "" if low is None or high is None else f" [{low:{sign}.3g}, {high:{sign}.3g}]"
-    return f"{value:{sign}.3g}{bounds}"
+    style = f"{sign}.{digits}g"
+    bounds = "" if low is None or high is None else f" [{low:{style}}, {high:{style}}]"
+    return f"{value:{style}}{bounds}"
 
 
 def task_unit(task: Mapping[str, Any]) -> str:
@@ -96,7 +97,7 @@ def task_unit(task: Mapping[str, Any]) -> str:
 def format_score(task: Mapping[str, Any], found: Mapping[str, float | None]) -> str:
     """An arm's score: a share in percent, a perplexity, or as it is; with its interval where `found` has one."""
     if task["metric"] in _PERPLEXITIES:
-        return format_value(_exp(found), 4)
+        return format_divergence(_exp(found), digits=5)
     return format_value(found, 1, factor=100) if task["share"] else format_value(found, 4)
 
 

@@ -41,7 +41,7 @@ class ReportContext:
         run: name of the run, the title.
         command: what repeats the run.
         model, data: as the config names them.
-        recipe: settings by dotted or nested name; what is None is not shown.
+        recipe: settings by dotted or nested name; what is None or empty is not shown.
         task_settings: those of `quantize.tasks.Settings`.
         few_shot: examples in the prompts, by task.
         versions: packages by name.
@@ -214,7 +214,7 @@ def _recipe_section(context: ReportContext) -> Iterator[Block]:
             yield Paragraph(f"Training loss ({arm}): {said}.")
     facts = {"model": context.model, "data": context.data, "device": context.device}
     facts = {name: text for name, text in facts.items() if text} | {
-        name: str(value) for name, value in nested(context.recipe) if value is not None
+        name: str(value) for name, value in nested(context.recipe) if value not in (None, [], {})
     }
     if facts:
         yield Table(("setting", "value"), list(facts.items()))

@@ -195,7 +195,8 @@ def run_tasks(
 
     model.eval()
     head = model.get_output_embeddings().weight
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+    # Logits are in the model's dtype; a softmax and a sum of hundreds of nats in bfloat16 hide what quantisation costs.
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype=torch.float32)
     assert model.get_output_embeddings().weight is head, "lm-eval ties weights anew where the config says tied"
     cuda = next(model.parameters()).device.type == "cuda"
 

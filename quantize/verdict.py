@@ -108,8 +108,8 @@ def _tasks(metrics: Metrics) -> Iterator[str]:
             tested = f"{len(compared)} task{'s' * (len(compared) > 1)}"
             yield f"Task by task, {a} is {found} than {b} (intervals without 0, Holm-adjusted p < 0.05, {tested})."
         else:
-            tasks = "task" if len(compared) == 1 else f"of the {len(compared)} tasks"
-            yield f"No {'single ' if len(compared) > 1 else ''}{tasks} shows a difference between {a} and {b}."
+            none = "No task" if len(compared) == 1 else f"None of the {len(compared)} tasks"
+            yield f"{none} shows a difference between {a} and {b}."
 
 
 def _is_better(task: Mapping[str, Any], found: Mapping[str, Any]) -> bool:

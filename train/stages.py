@@ -279,7 +279,11 @@ class Stages:
         parts: dict[str, Any] = dict.fromkeys(("model", "data", "qat", "lora", "fake_quant", "train", "quantize"), True)
         parts |= {"eval": set(EvalConfig.model_fields) - {"baseline_cache"}, "run": {"seed"}}
         recipe: dict[str, Any] = self.config.model_dump(mode="json", include=parts)
-        recipe["fake_quant"]["start"] = self.config.fake_quant.starts_at
+        recipe["model"]["dtype"] = self.dtype
+        if self.config.qat is None:
+            del recipe["fake_quant"]
+        else:
+            recipe["fake_quant"]["start"] = self.config.fake_quant.starts_at
         if self.format is not None:
             recipe["quantize"] |= {key: value for key, value in self.format.job().items() if key in recipe["quantize"]}
         recipe["quantize"]["dtype"] = self.merged_dtype

@@ -123,6 +123,15 @@ def test_results_equal_log_likelihoods_and_generations_computed_by_hand(scheme: 
         assert (read.metric, read.weight, read.higher_is_better) == ("nats per word", 2.0, False)
 
 
+def test_log_likelihoods_of_a_model_in_16_bit_are_summed_in_32(folder: Path) -> None:
+    model, tokenizer = _model(None).to(torch.bfloat16), byte_tokenizer()
+    settings = replace(_settings(folder, "text"), batch_size=1)
+    for row, read in zip(ROWS, run_tasks(model, tokenizer, load_tasks(settings), settings), strict=True):
+        ids = tokenizer.encode(row["question"])
+        # In bfloat16 a sum of 100 nats is known to half a nat.
+        assert read.value == pytest.approx(-_log_likelihood(model, [tokenizer.eos_token_id], ids), abs=2e-3)
+
+
 def test_a_quantised_model_gives_other_log_likelihoods(folder: Path) -> None:
     settings = _settings(folder, "text")
     values = [

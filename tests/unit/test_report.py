@@ -348,7 +348,7 @@ def test_a_text_is_reported_by_its_perplexity_and_two_by_their_ratio() -> None:
     context = ReportContext(run="x", task_settings=settings, few_shot={"spelling": 5, "text": 0})
     text = render_markdown(build(task_rows=task_rows()), context)
     row = next(line for line in text.splitlines() if line.startswith("| text |"))
-    assert "| word perplexity | 40 |" in row and f"| {math.exp(2.1):.4f} | x{math.exp(0.1):.4f} [" in row
+    assert "| word perplexity | 40 |" in row and f"| {math.exp(2.1):.5g} | x{math.exp(0.1):.4f} [" in row
     assert (
         "run by lm-eval, at most 40 samples of each, in the chat template, 5 examples in the prompts of spelling, "
         "no examples in the prompts of text." in text
