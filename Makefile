@@ -30,7 +30,7 @@ help: ## list the targets
 
 setup: $(READY) ## make .venv with the exact packages of a lock (LOCK=requirements/cuda-py312.txt on a GPU)
 
-demo: setup ## fine-tune SmolLM2-135M on this machine (about 8 minutes, 4 GiB of memory) and ship it in int8-int4; ARGS="--train.max-steps=20" passes options on
+demo: setup ## fine-tune SmolLM2-135M on this machine (about 9 minutes, 4 GiB of memory) and ship it in int8-int4; ARGS="--train.max-steps=20" passes options on
 	$(BIN)/train --config quickstart.yaml --qat int8-int4 $(ARGS)
 
 check: setup ## lint, format and types
