@@ -18,7 +18,7 @@ from quantize.schemes import SCHEMES, find_scheme
 _IN_THE_WAY = (
     errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG
 )  # fmt: skip
-_SKIP = "layers that keep 16 bit: last parts of their names, blocks, or patterns (down_proj, model.layers.0)"
+_SKIP = "layers to leave unquantised: last parts of their names, blocks, or patterns (down_proj, model.layers.0)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--root", default="runs", help="where run names are looked up (default: runs)")
     sensitivity = verbs.add_parser(
-        "sensitivity", help="which layers a format hurts, one group at a time, and what to keep in 16 bit"
+        "sensitivity", help="which layers a format hurts, one group at a time, and what to leave unquantised"
     )
     sensitivity.add_argument("source", metavar="RUN_OR_FOLDER", help="run directory or name, or a transformers folder")
     sensitivity.add_argument("--scheme", help="format; default: the run's")

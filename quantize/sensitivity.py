@@ -1,4 +1,4 @@
-"""Which layers a format hurts: one group of layers quantised at a time, the rest in 16 bit.
+"""Which layers a format hurts: one group of layers quantised at a time, the rest unquantised.
 
 Then the way back: everything quantised but the groups that cost most for their size, measured as a whole, since the
 divergences of groups do not add up, and on other samples than those that chose the groups, since the worst of many
@@ -28,7 +28,7 @@ WAYS = ("block", "kind", "layer")
 """How layers are grouped: by transformer block, by the last part of their names, or each alone."""
 _STANDS_OUT = 1.5  # times its share of the weights
 _MOST_SETS = 4
-_REFERENCE, _ALL = "16 bit", "all"
+_REFERENCE, _ALL = "unquantised", "all"
 
 Variant = Callable[[], AbstractContextManager[Any]]
 
@@ -76,20 +76,20 @@ def scan_model(
     batch_size: int,
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    """Measures every group, and what keeping the worst in 16 bit buys.
+    """Measures every group, and what keeping the worst unquantised buys.
 
     Args:
-        model: in 16 bit; left as it was.
+        model: unquantised; left as it was.
         quantised: the same with every layer of `coverage` quantised, for real or simulated.
         ways: of `WAYS`.
-        growth: share by which the shipped weights may grow for what is kept in 16 bit.
+        growth: share by which the shipped weights may grow for what is kept unquantised.
         samples: the first half measures the groups, the other the sets.
         progress: called with (samples done, all of them).
 
     Returns:
-        groups and sets, with the KL divergence of each from 16 bit in nats a token (value, low, high), and of a set
-        what it changes against all, everything quantised; proposal: what to keep in 16 bit, empty where nothing is
-        shown to help; sizes and numbers of samples.
+        groups and sets, with the KL divergence of each from the unquantised model in nats a token (value, low, high),
+        and of a set what it changes against all, everything quantised; proposal: what to keep unquantised, empty where
+        nothing is shown to help; sizes and numbers of samples.
 
     Raises:
         UserError: fewer than two samples, no layer is quantised, or numbers are not finite.
@@ -139,7 +139,7 @@ def scan_model(
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the weights take as they ship, in bits: those that stay in 16 bit, and a quantised one with its scales."""
+    """What the weights take as they ship, in bits: those that stay unquantised, and a quantised one with its scales."""
 
     plain_weights: int
     quantised_weights: int
@@ -164,7 +164,7 @@ class Sizes:
         return cls(total - many - embedding, many, bits, embedding * scheme.embedding_bits)
 
     def mib(self, kept: int) -> float:
-        """MiB with so many of the quantised weights kept in 16 bit."""
+        """MiB with so many of the quantised weights kept unquantised."""
         bits = 16 * (self.plain_weights + kept) + self.bits * (self.quantised_weights - kept)
         return (bits + self.embedding_bits) / 8 / 2**20
 
@@ -174,7 +174,7 @@ class Sizes:
 
 
 def choose_sets(rows: Sequence[Mapping[str, Any]], size: Sizes, growth: float) -> list[list[str]]:
-    """Names of groups to keep in 16 bit, each set one group more than the one before.
+    """Names of groups to keep unquantised, each set one group more than the one before.
 
     Taken by their divergence for their weights, where that stands out, while the shipped weights grow by no more than
     `growth`.
@@ -217,7 +217,7 @@ def _measured(
     found = evaluate_variants(model, variants, samples, batch_size=batch_size, progress=progress)
     for name, scores in found.items():
         if scores.kl is None or not np.isfinite([scores.kl, scores.nll]).all():
-            who = "the 16-bit model" if name == _REFERENCE else f"the model with {name} quantised"
+            who = "the unquantised model" if name == _REFERENCE else f"the model with {name} quantised"
             raise UserError(f"{who} gives numbers that are not finite on these samples")
     return found
 

@@ -48,7 +48,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is scanned: a 16-bit checkpoint, its format as the worker takes it, and where it came from.
+    """What is scanned: an unquantised checkpoint, its format as the worker takes it, and where it came from.
 
     `trained`: the format that its run ships, empty where it quantises nothing; None = not from a run.
     """
@@ -187,7 +187,7 @@ def _blocks(found: Mapping[str, Any], subject: Subject, figures: Sequence[Figure
 
 
 def _sets_section(found: Mapping[str, Any]) -> Iterator[Block]:
-    yield Heading("What keeping layers in 16 bit buys")
+    yield Heading("What keeping layers unquantised buys")
     yield Paragraph(
         f"Everything quantised but these, on {found['n_samples']['sets']} samples other than those that chose the "
         "groups. KL divergence from the unquantised model, nats a token; differences are paired, 95% intervals in "
@@ -208,7 +208,7 @@ def _sets_section(found: Mapping[str, Any]) -> Iterator[Block]:
 def _groups_section(found: Mapping[str, Any]) -> Iterator[Block]:
     yield Heading("Group by group")
     yield Paragraph(
-        f"Each group quantised alone, the rest in 16 bit, on {found['n_samples']['groups']} samples of "
+        f"Each group quantised alone, the rest unquantised, on {found['n_samples']['groups']} samples of "
         f"{found['data']}. The last column is the group's share of the divergence over its share of the weights."
     )
     for way in dict.fromkeys(row["way"] for row in found["groups"]):
@@ -231,7 +231,7 @@ def _verdict(found: Mapping[str, Any]) -> str:
     if found["proposal"]:
         best = next(each for each in found["sets"] if each["skip"] == found["proposal"])
         change, names = format_divergence(best["kl_change"], "+"), " and ".join(found["proposal"])
-        return f"{cost} Keeping {names} in 16 bit changes that by {change}, for {best['growth']:.1%} more weight."
+        return f"{cost} Keeping {names} unquantised changes that by {change}, for {best['growth']:.1%} more weight."
     if found["sets"] and all(each["kl_change"]["low"] is None for each in found["sets"]):
         few = found["n_samples"]["sets"]
         return f"{cost} Nothing is proposed: {few} samples to confirm a proposal on are too few for an interval."
@@ -244,7 +244,7 @@ def _verdict(found: Mapping[str, Any]) -> str:
 
 
 def _command(subject: Subject, form: Mapping[str, Any], proposal: Sequence[str]) -> str:
-    """What makes the model with these layers in 16 bit, in the format that was scanned."""
+    """What makes the model with these layers unquantised, in the format that was scanned."""
     if subject.trained is not None:
         words = ["train", "--config", str(subject.model.parent / "config.yaml")]
         if form["scheme"] != subject.trained.get("scheme"):
