@@ -18,6 +18,7 @@ _DESCRIPTIONS = {
     "final": "this run, as shipped",
 }
 _PERPLEXITIES = {"nats per word": "word perplexity", "nats per byte": "byte perplexity"}
+_LARGEST = 50.0  # nats of which a perplexity is shown
 _SIZE_OF = {"base": "base_mib", "control": "tuned_mib", "tuned": "tuned_mib"}  # quantised arms: final_mib, same layout
 
 
@@ -97,20 +98,26 @@ def task_unit(task: Mapping[str, Any]) -> str:
 def format_score(task: Mapping[str, Any], found: Mapping[str, float | None]) -> str:
     """An arm's score: a share in percent, a perplexity, or as it is; with its interval where `found` has one."""
     if task["metric"] in _PERPLEXITIES:
-        return format_divergence(_exp(found), digits=5)
+        known = _exp(found)
+        return f"{format_divergence(found, digits=5)} nats" if known is None else format_divergence(known, digits=5)
     return format_value(found, 1, factor=100) if task["share"] else format_value(found, 4)
 
 
 def format_score_difference(task: Mapping[str, Any], found: Mapping[str, float | None]) -> str:
     """How two arms differ: in percentage points, of perplexities as a ratio `x1.034 [1.010, 1.060]`, or as it is."""
     if task["metric"] in _PERPLEXITIES:
-        return "-" if found["value"] is None else f"x{format_value(_exp(found), 4)}"
+        known = _exp(found)
+        if known is None:
+            return f"{format_divergence(found, '+', 5)} nats"
+        return "-" if found["value"] is None else f"x{format_divergence(known, digits=5)}"
     return format_points(found) if task["share"] else format_difference(found)
 
 
-def _exp(found: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Of a value and its bounds; None where that is beyond what a number holds."""
-    return {key: math.exp(each) if each is not None and each < 700 else None for key, each in found.items()}
+def _exp(found: Mapping[str, float | None]) -> dict[str, float | None] | None:
+    """Of a value and its bounds; None where one is beyond what can be read: a text without spaces is one long word."""
+    if any(each is not None and abs(each) > _LARGEST for each in found.values()):
+        return None
+    return {key: None if each is None else math.exp(each) for key, each in found.items()}
 
 
 def format_size(mib: float | None) -> str:

@@ -113,7 +113,9 @@ def pair(first: Run, other: Run) -> Paired:
     mean, count = _mean(first, other, tasks)
     order = _same_order(first, other)
     if order is None:
-        return Paired(reason="other held-out samples, or another tokenizer", tasks=tasks, mean=mean, n_tasks=count)
+        kept = _samples(first) and _samples(other)
+        reason = "other held-out samples, or another tokenizer" if kept else "the texts of its samples were not kept"
+        return Paired(reason=reason, tasks=tasks, mean=mean, n_tasks=count)
     a, b = other.scores.taken(order), first.scores
     return Paired(
         loss=paired_loss_difference(a.nll, b.nll, a.tokens),
@@ -147,16 +149,16 @@ def _same_order(first: Run, other: Run) -> list[int] | None:
     for index, sample in enumerate(_samples(other)):
         places.setdefault(sample, []).append(index)
     wanted = _samples(first)
-    if len(wanted) != len(other.scores.tokens):
+    if not wanted or len(wanted) != len(other.scores.tokens):
         return None
     found = [places[sample].pop(0) if places.get(sample) else None for sample in wanted]
     return None if None in found else [index for index in found if index is not None]
 
 
 def _samples(run: Run) -> list[tuple[Any, ...]]:
-    texts = zip(run.texts.get("prompt", ()), run.texts.get("answer", ()), strict=True)
-    known = list(texts) or [("", "")] * len(run.scores.tokens)
-    return [(*text, int(tokens)) for text, tokens in zip(known, run.scores.tokens, strict=True)]
+    """What each held-out sample is; empty where its texts were not kept, as lengths alone do not tell samples apart."""
+    texts = list(zip(run.texts.get("prompt", ()), run.texts.get("answer", ()), strict=True))
+    return [(*text, int(tokens)) for text, tokens in zip(texts, run.scores.tokens, strict=True)] if texts else []
 
 
 def _worst(first: Run, other: Run, order: Sequence[int]) -> list[WorstSample]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from quantize.compare import Paired
@@ -63,7 +64,7 @@ def _told_apart(
 
 def _sign(found: Interval | None) -> int:
     """-1 or 1 where the whole interval lies on that side of 0, else 0."""
-    if found is None or not found.excludes_zero:
+    if found is None or not found.excludes_zero or not (math.isfinite(found.low) and math.isfinite(found.high)):
         return 0
     return 1 if found.low > 0 else -1
 

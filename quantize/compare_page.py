@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -83,6 +84,7 @@ def _results(runs: Sequence[Run], paired: Sequence[Paired], unfinished: Sequence
     if cut := [f"{run.short} = {run.name}" for run in runs if run.short != run.name]:
         yield Paragraph(f"Names cut in tables: {'; '.join(cut)}.")
     reasons = [(f"not paired, {run.label}", found.reason) for run, found in zip(runs[1:], paired, strict=True)]
+    reasons += [(f"interval, {run.label}", _no_bounds(found)) for run, found in zip(runs[1:], paired, strict=True)]
     reasons += [(f"recovered, {run.label}", _no_share(run)) for run in runs]
     reasons += [(f"size, {run.label}", _no_size(run)) for run in runs]
     if said := [f"{name}: {reason}" for name, reason in reasons if reason]:
@@ -111,6 +113,12 @@ def _row(run: Run, found: Paired | None) -> tuple[str, ...]:
 
 def _dict(found: Interval | None) -> Mapping[str, float | None]:
     return NOTHING if found is None else found.as_dict()
+
+
+def _no_bounds(found: Paired) -> str:
+    if found.loss is None or math.isfinite(found.loss.high - found.loss.low):
+        return ""
+    return "too few samples, or too few that differ"
 
 
 def _no_share(run: Run) -> str:
@@ -162,6 +170,8 @@ def _task_row(name: str, run: Run, paired: Paired | None, share: bool) -> tuple[
         return name, unit, run.cell, score, "-", "-"
     found = paired.tasks.get(name, {"reason": "no samples"})
     difference = found.get("reason") or format_score_difference(shown, found)
+    if found.get("value") is not None and None in (found["low"], found["high"]):
+        difference += " (too few samples, or too few that differ, for an interval)"
     p = found.get("p_holm")
     return name, unit, run.cell, score, difference, "-" if p is None else f"{p:.2g}"
 

@@ -61,7 +61,7 @@ def _forest(runs: Sequence[Run], paired: Sequence[Paired]) -> Plot | None:
         if found.loss is None:
             left_out.append(f"{run.label} ({found.reason})")
         elif not math.isfinite(found.loss.high - found.loss.low):
-            left_out.append(f"{run.label} (too few samples for an interval)")
+            left_out.append(f"{run.label} (too few samples, or too few that differ, for an interval)")
         else:
             rows.append((run.label, found.loss))
     caption = f"Loss minus that of {runs[0].label}, nats per answer token, paired 95% intervals: left is better"

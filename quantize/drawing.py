@@ -107,7 +107,8 @@ def _printable(name: str) -> str:
 
     font = get_font(findfont(FontProperties(family=["sans-serif"])))
     kept = (" " if unicodedata.category(char)[0] in "CZ" else char for char in name)
-    return "".join(char if font.get_char_index(ord(char)) else "?" for char in kept).strip() or "?"
+    shown = "".join(char if font.get_char_index(ord(char)) else "?" for char in kept)
+    return shown.strip().lstrip("_") or "?"  # a label that begins with _ is one that matplotlib hides
 
 
 def _shorten(name: str) -> str:

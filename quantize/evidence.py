@@ -26,12 +26,15 @@ _PREFILL = "prefill_tokens_per_s"
 _SLOWER = 0.95  # within 5% is noise
 
 
-def tasks_section(metrics: Metrics, asked: Metrics, examples: Mapping[str, int | str]) -> Iterator[Block]:
+def tasks_section(
+    metrics: Metrics, asked: Metrics, examples: Mapping[str, int | str], cut: Mapping[str, int]
+) -> Iterator[Block]:
     """A row for each task: every arm's score, and what quantisation costs with its interval.
 
     Args:
         asked: settings of the tasks (see `quantize.tasks.Settings`).
         examples: few-shot examples in the prompts, by task; of a group whose tasks differ in words.
+        cut: how many prompts were longer than the model's context, by task; none where there were none.
     """
     tasks = metrics["tasks"]
     if not tasks:
@@ -55,6 +58,9 @@ def tasks_section(metrics: Metrics, asked: Metrics, examples: Mapping[str, int |
         difference = format_score_difference(task, compared)
         if compared["value"] is None:
             difference = why(metrics, f"tasks.{name}.comparisons.{pair}.value")
+        elif compared["low"] is None or compared["high"] is None:
+            unknown = "low" if compared["low"] is None else "high"
+            difference += f" ({why(metrics, f'tasks.{name}.comparisons.{pair}.{unknown}')})"
         p = "-" if compared["p_holm"] is None else f"{compared['p_holm']:.2g}"
         rows.append((name, task_unit(task), str(task["n_samples"]), *scores, difference, p))
     mean = metrics["tasks_mean"]
@@ -63,6 +69,14 @@ def tasks_section(metrics: Metrics, asked: Metrics, examples: Mapping[str, int |
         rows.append(("mean", f"of {mean['n_tasks']}", "", *scores, format_points(mean["comparisons"][pair]), ""))
     header = ("task", "metric", "samples", *arms, f"{first} - {second} [95%]", "p")
     yield Table(header, rows, numeric=frozenset(range(2, len(header))))
+    if cut:
+        counts = ", ".join(f"{name} ({number} samples)" for name, number in cut.items())
+        yield Paragraph(f"Prompts longer than the model's context lost their beginning, for every arm alike: {counts}.")
+    name = next(iter(tasks))
+    absent = [arm for arm in ARMS if metrics[arm]["loss"] is not None and arm not in arms]
+    if absent and arms:
+        yield Paragraph("Without results on tasks:")
+        yield Items([f"{arm}: {why(metrics, f'tasks.{name}.{arm}')}" for arm in absent])
 
 
 def _how_run(asked: Metrics, examples: Mapping[str, int | str]) -> str:

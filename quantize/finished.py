@@ -131,7 +131,7 @@ def load_run(folder: Path, name: str, short: str | None = None) -> Run:
     try:
         losses = [(float(step), float(loss)) for step, loss in gathered.get("losses", {}).get("tuned", ())]
         nominal = nominal_mib(gathered, metrics["size"]["tuned_mib"])
-        place = _place(metrics, gathered, manifest)
+        place = _place(metrics, gathered, manifest if isinstance(manifest.get("packages"), dict) else {})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{folder / 'gathered.json'} is damaged ({error}); renew it with: train --resume {folder}"

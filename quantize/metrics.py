@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from quantize.errors import UserError
 from quantize.statistics import (
+    FEWEST,
     Interval,
     accuracy_interval,
     loss_interval,
@@ -37,7 +38,7 @@ SIZES = ("base_mib", "tuned_mib", "final_mib", "memory_mib", "bits_per_weight")
 _NO_INTERVAL = {"low": None, "high": None}
 _NO_DIFFERENCE = {"value": None, "low": None, "high": None}
 _NOT_MEASURED = "not measured in this run"
-_TOO_FEW = "too few samples for an interval"
+_TOO_FEW, _TOO_FEW_DIFFER = "too few samples for an interval", "too few samples differ for an interval"
 
 
 class ScoresLike(Protocol):
@@ -292,8 +293,15 @@ def _reasons(metrics: Mapping[str, Any], arms: Arms, why: Mapping[str, str]) -> 
     nulls = [key for key, value in _leaves(metrics) if value is None]
     for key in nulls:
         if not any(part in reasons for part in _above(key)):
-            reasons[key] = _TOO_FEW if key.endswith((".low", ".high")) else _NOT_MEASURED
+            reasons[key] = _unbounded(metrics, key) if key.endswith((".low", ".high")) else _NOT_MEASURED
     return {key: text for key, text in reasons.items() if any(key in _above(null) for null in nulls)}
+
+
+def _unbounded(metrics: Mapping[str, Any], key: str) -> str:
+    """Why a known value has no bound: fewer samples than any interval needs, or nearly all of them alike."""
+    tasks = (task for name, task in metrics["tasks"].items() if key.startswith(f"tasks.{name}."))
+    part = next(tasks, metrics)
+    return _TOO_FEW if (part["n_samples"] or 0) < FEWEST else _TOO_FEW_DIFFER
 
 
 def _default_reasons(metrics: Mapping[str, Any], arms: Arms, why: Mapping[str, str]) -> dict[str, str]:

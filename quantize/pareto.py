@@ -79,7 +79,7 @@ def scored_by_tasks(metrics: Metrics) -> bool:
 
 
 def nominal_mib(gathered: Mapping[str, Any], tuned_mib: float | None) -> float | None:
-    """MiB of the run's format without a file: each quantised weight at its bits and a 16-bit scale a group.
+    """MiB of the run's format without a file: each quantised weight at its stored bits and a 16-bit scale a group.
 
     Args:
         gathered: what the run measured (see `train.stages.Stages.report`).
@@ -96,8 +96,9 @@ def nominal_mib(gathered: Mapping[str, Any], tuned_mib: float | None) -> float |
     # A scheme that quantises the embedding unties it: the weights are no longer those of the merged checkpoint.
     if scheme is None or scheme.embedding is not None or bits is None or share is None or tuned_mib is None:
         return None
-    group = form.get("group_size")
-    return float(tuned_mib * (1 - share + share * (scheme.bits + (16 / group if group else 0)) / bits))
+    group, target = form.get("group_size"), scheme.targets.get(form.get("target", ""))
+    stored = scheme.bits if target is None or target.stored_bits is None else target.stored_bits
+    return float(tuned_mib * (1 - share + share * (stored + (16 / group if group else 0)) / bits))
 
 
 def draw_sizes(points: Sequence[Point], by_tasks: bool) -> Plot | None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Plot", "draw_plots", "draw_sensitivity", "main_pair"]
 
 _CONTROL = "#3c8d5a"
+_FURTHEST = 5.0  # nats between two perplexities whose ratio, 148, can still be drawn in %
 _MOST_POINTS = 600  # more than the picture has pixels helps nobody and makes the page heavy
 
 Losses = Mapping[str, Sequence[tuple[float, float]]]
@@ -142,11 +143,13 @@ def task_row(
     if found["value"] is None:
         return None, "not run"
     if found["low"] is None or found["high"] is None:
-        return None, "too few samples for an interval"
+        return None, "too few samples, or too few that differ, for an interval"
     if task["share"]:
         return _scaled(found, 100), ""
     if task_unit(task) != task["metric"]:
-        ratios = [100 * (1 - math.exp(min(float(found[key] or 0.0), 700.0))) for key in ("value", "low", "high")]
+        if max(abs(float(found[key] or 0.0)) for key in ("value", "low", "high")) > _FURTHEST:
+            return None, "perplexities too far apart to draw"
+        ratios = [100 * (1 - math.exp(float(found[key] or 0.0))) for key in ("value", "low", "high")]
         return Interval(ratios[0], min(ratios), max(ratios)), ""
     if not reference:
         return None, "there is no % of 0"

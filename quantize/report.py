@@ -44,6 +44,7 @@ class ReportContext:
         recipe: settings by dotted or nested name; what is None or empty is not shown.
         task_settings: those of `quantize.tasks.Settings`.
         few_shot: examples in the prompts, by task.
+        cut: how many prompts were longer than the model's context, by task.
         versions: packages by name.
         device: the machine in words.
         seconds: duration by stage.
@@ -59,6 +60,7 @@ class ReportContext:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     task_settings: Mapping[str, Any] = field(default_factory=dict)
     few_shot: Mapping[str, int | str] = field(default_factory=dict)
+    cut: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -89,7 +91,7 @@ def _blocks(metrics: Metrics, context: ReportContext) -> Iterator[Block]:
     yield Paragraph(first, strong=True)
     yield Items(others)
     yield from _arms_section(metrics)
-    yield from tasks_section(metrics, context.task_settings, context.few_shot)
+    yield from tasks_section(metrics, context.task_settings, context.few_shot, context.cut)
     if context.plots:
         yield Figures([Figure(f"plots/{plot.name}.png", plot.caption, plot.svg) for plot in context.plots])
     yield from _gap_section(metrics)
@@ -132,7 +134,8 @@ def _arms_section(metrics: Metrics) -> Iterator[Block]:
         for row in rows
     ]
     yield Table(header, cells, numeric=frozenset(range(2, 7)))
-    yield Paragraph("Control has the layout of tuned, and ptq that of final, so the sizes are shared.")
+    if metrics["control"]["loss"] is not None:
+        yield Paragraph("Control has the layout of tuned, and ptq that of final, so the sizes are shared.")
     elsewhere = metrics["elsewhere"]
     if elsewhere["arms"]:
         yield Paragraph(

@@ -70,6 +70,7 @@ def write_report(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, A
         recipe=gathered["recipe"],
         task_settings=gathered["tasks"] or {},
         few_shot=gathered.get("task_fewshot", {}),
+        cut=gathered.get("task_cut", {}),
         versions=_versions(gathered),
         device="; trained on ".join(dict.fromkeys([finished["device"], trained_on["device"]])),
         seconds=gathered["seconds"],

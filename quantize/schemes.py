@@ -139,6 +139,8 @@ class Target:
     """Largest |real - simulated| / |real| of a layer's outputs (Euclidean norms); 0 = equal to the last bit."""
     max_gap_nats: float = 0.0
     """Largest |trained - shipped| loss in nats a token; 0 = equal to the last bit."""
+    stored_bits: float | None = None
+    """Bits that a quantised weight takes in the file, without scales; None = the scheme's own."""
     speed: Speed | None = None
     """None = not measured."""
 
@@ -211,9 +213,11 @@ def _cpu_and_cuda(
     cpu: Speed,
     cuda: Speed,
 ) -> Mapping[str, Target]:
+    # torchao's Intx and int8 tensors hold every integer in a byte.
+    common: dict[str, Any] = {"config": config, "numbers": numbers, "tensor": tensor, "stored_bits": 8.0}
     return _named(
-        Target(name="cpu", config=config, numbers=numbers, tensor=tensor, speed=cpu),
-        Target(name="cuda", config=config, numbers=numbers, tensor=tensor, needs=("cuda>=7.0",), speed=cuda),
+        Target(name="cpu", speed=cpu, **common),
+        Target(name="cuda", needs=("cuda>=7.0",), speed=cuda, **common),
     )
 
 

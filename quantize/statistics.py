@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 _Z95 = 1.959963984540054  # 97.5% quantile of the standard normal
-_FEWEST = 6  # samples for a bootstrap interval: see `_bootstrap_t`
+FEWEST = 6  # samples for a bootstrap interval: see `_bootstrap_t`
 _CHUNK_ELEMENTS = 4_000_000  # bounds the bootstrap's weight matrix to 32 MB
 
 
@@ -95,7 +95,7 @@ def share_interval(hits: ArrayLike, tokens: ArrayLike, *, seed: int = 0, resampl
     count = _tokens(tokens)
     found = loss_interval(hits, count, seed=seed, resamples=resamples)
     n = _effective(count)
-    known = np.count_nonzero(count) < _FEWEST or not _is_unknown(found)
+    known = np.count_nonzero(count) < FEWEST or not _is_unknown(found)
     low, high = (found.low, found.high) if known else _wilson(found.value * n, n)
     return _within(Interval(found.value, low, high), 0.0, 1.0)
 
@@ -113,7 +113,7 @@ def paired_share_difference(shares_a: ArrayLike, shares_b: ArrayLike, *, seed: i
     ones = np.ones(len(np.asarray(shares_a)))
     found = paired_loss_difference(shares_a, shares_b, ones, seed=seed)
     low, high = found.low, found.high
-    if len(ones) >= _FEWEST and _is_unknown(found):
+    if len(ones) >= FEWEST and _is_unknown(found):
         apart = _sums(shares_a, ones) - _sums(shares_b, ones)
         n, for_a, for_b = len(ones) + 2, apart.clip(min=0).sum() + 0.5, (-apart).clip(min=0).sum() + 0.5
         centre = (for_a - for_b) / n
@@ -151,7 +151,7 @@ def recovered_interval(
         return Interval(math.nan, -math.inf, math.inf)
     value, ones, n = float(gain.sum() / cost.sum()), np.ones(len(count)), _effective(count)
     nothing = Interval(value, -math.inf, math.inf)
-    if len(count) < _FEWEST or n < 2:
+    if len(count) < FEWEST or n < 2:
         return nothing
     moments = _moments(gain, cost, seed, resamples)
 
@@ -313,7 +313,7 @@ def _bootstrap_t(totals: Floats, tokens: Floats, seed: int, resamples: int) -> I
     more than 5%, so there are no bounds.
     """
     value, n = float(totals.sum() / tokens.sum()), _effective(tokens)
-    if np.count_nonzero(tokens) < _FEWEST or n < 2:
+    if np.count_nonzero(tokens) < FEWEST or n < 2:
         return Interval(value, -math.inf, math.inf)
     rest = totals - value * tokens
     if abs(rest).max() <= 1e-12 * abs(totals).max():

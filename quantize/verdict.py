@@ -52,7 +52,12 @@ def recovered_text(metrics: Metrics) -> str:
         return "-"
     if bounds["low"] is None or bounds["high"] is None:
         return "not shown"
-    return f"{share:.0%} [{bounds['low']:.0%}, {bounds['high']:.0%}]"
+    return f"{_percent(share)} [{_percent(bounds['low'])}, {_percent(bounds['high'])}]"
+
+
+def _percent(share: float) -> str:
+    """`36%`; with one digit more where that would be 0%."""
+    return f"{share:.1%}" if 0 < abs(share) < 0.005 else f"{share:.0%}"
 
 
 def _recovery(metrics: Metrics) -> str:
@@ -60,12 +65,14 @@ def _recovery(metrics: Metrics) -> str:
     if low is None or high is None:
         reason = why(metrics, "recovered_interval.low")
         return f"How much is recovered of the loss that quantisation costs is not shown: {reason}."
-    interval = f"95% interval {low:.0%} to {high:.0%}"
+    interval = f"95% interval {_percent(low)} to {_percent(high)}"
     if high < 0:
-        return f"QAT adds to the loss that quantisation costs, by {-share:.0%} of it ({interval} recovered)."
+        return f"QAT adds to the loss that quantisation costs, by {_percent(-share)} of it ({interval} recovered)."
     if low <= 0:
-        return f"That any of the loss that quantisation costs is recovered is not shown: {share:.0%} ({interval})."
-    return f"Of the loss that quantisation costs, {share:.0%} is recovered ({interval})."
+        return (
+            f"That any of the loss that quantisation costs is recovered is not shown: {_percent(share)} ({interval})."
+        )
+    return f"Of the loss that quantisation costs, {_percent(share)} is recovered ({interval})."
 
 
 def is_shown(found: Mapping[str, Any]) -> bool:
@@ -134,7 +141,7 @@ def _finding(metrics: Metrics, first: str, second: str, name: str) -> Iterator[s
     words = (
         _words(loss, "a lower loss than", "a higher loss than") or "a loss that these samples cannot tell from that of"
     )
-    yield f"{subject} has {words} {name}: {values}{', 95% interval in brackets' * (loss['low'] is not None)}."
+    yield f"{subject} has {words} {name}: {values}{', 95% interval in brackets' * (None not in loss.values())}."
     values = (
         f"{format_accuracy(a['accuracy'])} against {format_accuracy(b['accuracy'])}, {format_points(accuracy)} points"
     )

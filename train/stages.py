@@ -257,6 +257,7 @@ class Stages:
             "version": GATHERED_VERSION,
             "task_key": tasks.get("fingerprint", ""),
             "task_fewshot": tasks.get("num_fewshot", {}),
+            "task_cut": tasks.get("cut", {}),
             "cost_batches": self.config.eval.cost_batches,
             "baseline": baseline,
             "arms": arms,

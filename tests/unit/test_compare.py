@@ -257,6 +257,17 @@ def test_unequal_samples_and_tasks_that_one_lacks_say_so(tmp_path: Path) -> None
     assert not (tmp_path / "page" / "plots" / "tasks.png").exists()
 
 
+def test_samples_whose_texts_were_not_kept_are_not_paired_by_their_lengths(tmp_path: Path) -> None:
+    first, other = make_run(tmp_path / "first"), make_run(tmp_path / "other")
+    import pyarrow.parquet
+
+    for run in (first, other):
+        path = run / "eval" / "final.parquet"
+        table = pyarrow.parquet.read_table(path)
+        pyarrow.parquet.write_table(table.drop_columns(["prompt", "answer", "greedy_text"]), path)
+    assert "not paired, other: the texts of its samples were not kept" in page(tmp_path, first, other)
+
+
 def test_long_and_foreign_names_leave_a_page_that_can_be_read(tmp_path: Path) -> None:
     import warnings
 
@@ -331,6 +342,7 @@ def test_an_empty_run_fits_the_contract() -> None:
     ("change", "said"),
     [
         (lambda metrics: metrics.pop("recovered"), "recovered is missing"),
+        (lambda metrics: metrics.update(recovered=10**400), "recovered is not a finite number"),
         (lambda metrics: metrics.pop("scheme"), "scheme is missing"),
         (lambda metrics: metrics.pop("kl"), "kl is missing"),
         (lambda metrics: metrics.pop("tasks"), "tasks is missing"),

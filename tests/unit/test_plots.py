@@ -122,6 +122,8 @@ def test_a_nominal_size_counts_bits_scales_and_what_stays() -> None:
     assert nominal_mib(gathered | {"format": {"scheme": "fp8", "group_size": None}, "dtype": "bfloat16"}, 100.0) == (
         pytest.approx(25 + 75 * 8 / 16)
     )
+    # In torchao's Intx tensors an integer of 4 bits takes a byte.
+    assert nominal_mib(gathered | {"format": form | {"target": "cpu"}}, 100.0) == pytest.approx(25 + 75 * 8.5 / 32)
     assert nominal_mib(gathered | {"tuned": {}}, 100.0) is None and nominal_mib({}, 100.0) is None
     untied = next(name for name, scheme in SCHEMES.items() if scheme.embedding is not None)
     assert nominal_mib(gathered | {"format": {"scheme": untied, "group_size": 32}}, 100.0) is None
@@ -156,7 +158,10 @@ def test_a_task_that_cannot_be_drawn_says_why() -> None:
     task = {"metric": "edits", "share": False, "higher_is_better": False}
     known = {"value": 1.0, "low": 0.5, "high": 2.0}
     assert task_row(task, known, 0.0) == (None, "there is no % of 0")
-    assert task_row(task, {**known, "low": None}, 2.0) == (None, "too few samples for an interval")
+    assert task_row(task, {**known, "low": None}, 2.0) == (
+        None,
+        "too few samples, or too few that differ, for an interval",
+    )
     assert task_row(task, {"value": None, "low": None, "high": None}, 2.0) == (None, "not run")
 
 

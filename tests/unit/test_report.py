@@ -314,6 +314,7 @@ def test_a_task_whose_interval_includes_0_is_not_claimed_whatever_its_p() -> Non
         (0.36, 0.2, 0.5, "Of the loss that quantisation costs, 36% is recovered (95% interval 20% to 50%)."),
         (0.1, -0.2, 0.5, "That any of the loss that quantisation costs is recovered is not shown: 10% (95% interval"),
         (2.1, None, None, "How much is recovered of the loss that quantisation costs is not shown: the loss that"),
+        (0.004, 0.001, 0.2, "Of the loss that quantisation costs, 0.4% is recovered (95% interval 0.1% to 20%)."),
         (-0.3, -0.5, -0.1, "QAT adds to the loss that quantisation costs, by 30% of it"),
     ],
 )
@@ -325,7 +326,9 @@ def test_recovery_is_claimed_as_far_as_its_interval_goes(
     metrics["why"]["recovered_interval"] = "the loss that quantisation costs is not clearly above 0"
     found = [sentence for sentence in verdict(metrics) if "recovered" in sentence]
     assert len(found) == 1 and found[0].startswith(said)
-    assert recovered_text(metrics) == ("not shown" if low is None else f"{share:.0%} [{low:.0%}, {high:.0%}]")
+    assert recovered_text(metrics) == (
+        "not shown" if low is None else "0.4% [0.1%, 20%]" if share == 0.004 else f"{share:.0%} [{low:.0%}, {high:.0%}]"
+    )
 
 
 def test_agreement_on_every_token_is_not_certain() -> None:
@@ -353,6 +356,49 @@ def test_a_text_is_reported_by_its_perplexity_and_two_by_their_ratio() -> None:
         "run by lm-eval, at most 40 samples of each, in the chat template, 5 examples in the prompts of spelling, "
         "no examples in the prompts of text." in text
     )
+
+
+def test_an_arm_without_results_on_tasks_says_why_and_prompts_that_were_cut_are_counted() -> None:
+    rows = task_rows()
+    del rows["ptq"]
+    metrics = build(task_rows=rows, why={"tasks.spelling.ptq": "its numbers overflow on spelling"})
+    text = render_markdown(metrics, ReportContext(run="x", cut={"text": 3}))
+    assert "Without results on tasks:" in text and "- ptq: its numbers overflow on spelling" in text
+    assert "lost their beginning, for every arm alike: text (3 samples)." in text
+
+
+def test_perplexities_beyond_reading_are_shown_in_nats() -> None:
+    rows = {
+        arm: [replace(row, value=row.weight * nats, name="text") for row in found if row.task == "text"]
+        for (arm, found), nats in zip(task_rows().items(), (900.0, 890.0, 900.0, 800.0), strict=True)
+    }
+    text = render_markdown(build(task_rows=rows), ReportContext(run="x"))
+    row = next(line for line in text.splitlines() if line.startswith("| text |"))
+    assert "| 900 nats |" in row and "| -90 [-90, -90] nats |" in row
+    assert {plot.name for plot in draw_plots(build(task_rows=rows), {})} >= {"size", "forest"}
+
+
+def test_a_task_of_few_samples_says_why_it_has_no_interval() -> None:
+    few = {arm: [row for row in rows if row.task == "text"][:3] for arm, rows in task_rows().items()}
+    row = next(
+        line
+        for line in render_markdown(build(task_rows=few), ReportContext(run="x")).splitlines()
+        if line.startswith("| text |")
+    )
+    assert "(too few samples for an interval)" in row
+
+
+def test_a_bound_that_few_differing_samples_cannot_give_has_its_own_reason() -> None:
+    control = ALL_ARMS["control"]
+    nll = control.nll.copy()
+    nll[:2] += 3.0
+    metrics = build(arms=ALL_ARMS | {"final": replace(control, nll=nll)})
+    found = metrics["comparisons"]["final_vs_control"]["loss"]
+    assert None in (found["low"], found["high"]) and unexplained(metrics) == []
+    key = "low" if found["low"] is None else "high"
+    assert why(metrics, f"comparisons.final_vs_control.loss.{key}") == "too few samples differ for an interval"
+    said = next(sentence for sentence in verdict(metrics) if "(control)" in sentence)
+    assert "cannot tell" in said and "brackets" not in said
 
 
 def test_text_of_models_is_shown_as_it_is() -> None:
