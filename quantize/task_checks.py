@@ -6,13 +6,15 @@ Documents are counted from 0, as in a row's `doc_id`.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from numbers import Integral
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from quantize.errors import UserError
+from quantize.task_rows import may_be_split
 
 if TYPE_CHECKING:
     from quantize.tasks import Settings
@@ -28,28 +30,53 @@ def check_kind(name: str, task: Any) -> None:
         raise UserError(f"eval.tasks: {name} has no samples; look at its test_split and data_files")
 
 
-def check_runnable(tasks: Mapping[str, Mapping[str, Any]], settings: Settings, tokenizer: Any) -> None:
+def context_length(folder: Path, tokenizer: Any, *, trust_remote_code: bool = False) -> int:
+    """The tokens of a model's context that lm-eval will reckon with, from its config."""
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import resolve_max_length
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    return int(resolve_max_length(config, tokenizer, default=HFLM._DEFAULT_MAX_LENGTH))
+
+
+def check_runnable(
+    tasks: Mapping[str, Mapping[str, Any]], settings: Settings, tokenizer: Any, context: int
+) -> dict[str, int]:
     """Looks at the right answer of every sample that is run, and builds all requests that a model would be sent.
 
     Args:
         tasks: from `load_tasks`; building changes them, so load them anew to run them.
         tokenizer: of the model, with the chat template that the prompts are put in.
+        context: tokens that the model takes, from `context_length`.
+
+    Returns:
+        by reported name, how many samples' prompts lm-eval cuts from the left, as they are longer; where none is, no
+        entry. Named as in `few_shot_numbers`.
 
     Raises:
         UserError: one line for each task that cannot be run, with the first document at which it fails.
     """
-    lines = []
+    lines, cut, lm = [], dict.fromkeys(tasks, 0), _tokeniser(tokenizer)
     for name, leaves in tasks.items():
+        split = may_be_split(leaves)
         for leaf, task in leaves.items():
             problem = (
                 _wrong_answers(task, settings.limit)
                 or _unbuildable(task, settings, tokenizer)
                 or _empty_request(task, tokenizer)
             )
+            documents: set[int] = set()
+            if not problem:
+                problem, documents = _fit(task, lm, context)
             if problem:
                 lines.append(f"eval.tasks: {leaf if leaf == name else f'{name} ({leaf})'} cannot be run: {problem}")
+            cut[name] += len(documents)
+            if split:
+                cut.setdefault(leaf, len(documents))
     if lines:
         raise UserError(*lines)
+    return {name: number for name, number in cut.items() if number}
 
 
 def _wrong_answers(task: Any, limit: int | None) -> str | None:
@@ -165,4 +192,79 @@ def _empty_request(task: Any, tokenizer: Any) -> str | None:
                 return f"{document}: its prompt {prompt!r} holds no more than spaces; look at doc_to_text"
         elif request.request_type == "generate_until" and bare and not prompt:
             return f"{document}: its prompt is empty; look at doc_to_text"
+        elif request.request_type == "loglikelihood_rolling" and not prompt.strip():
+            return (  # lm-eval: 0 nats over 1 word, the best that there is
+                f"{document}: its text is empty, which would score as one that the model knows by heart; drop its line "
+                "from the data, or look at doc_to_target"
+            )
     return None
+
+
+_NO_LIMIT = 256  # HFLM.max_gen_toks
+_ADDED = 8  # special tokens, and the space that some tokenizers put before a text
+_ROOM = "leave the task out, or take a model with a longer context"
+
+
+def _tokeniser(tokenizer: Any) -> Any:
+    """lm-eval's model without a model, for its ways to make tokens of a request."""
+    from lm_eval.models.huggingface import HFLM
+
+    lm: Any = object.__new__(HFLM)
+    lm.tokenizer, lm.backend, lm.enable_thinking = tokenizer, "causal", None
+    lm.add_bos_token = lm.custom_prefix_token_id = None
+    lm.tok_encode = lru_cache(maxsize=4)(lm.tok_encode)  # a document's choices share their prompt
+    lm._loglikelihood_tokens = lambda requests, **options: requests
+    return lm
+
+
+def _at_most(text: str) -> int:
+    """More tokens than a text has, without making them: each holds a byte at least, and NFKC makes 11 bytes of one."""
+    return _ADDED + (len(text) if text.isascii() else 11 * len(text.encode()))
+
+
+def _long_pairs(task: Any, lm: Any, context: int) -> Iterator[tuple[int, int, int]]:
+    """(document, tokens of its prompt, tokens of its answer) where both may be longer than the context."""
+    for request in task.instances:
+        if request.request_type != "loglikelihood":
+            continue  # a text is read in windows
+        prompt, answer = request.args
+        if _at_most(prompt) + _at_most(answer) <= context:
+            continue
+        if prompt and len(lm.tok_encode(prompt)) + _at_most(answer) <= context:
+            continue
+        ((_, before, scored),) = lm.loglikelihood([request], disable_tqdm=True)
+        yield request.doc_id, len(before), len(scored)
+
+
+def _fit(task: Any, lm: Any, context: int) -> tuple[str | None, set[int]]:
+    """Why lm-eval would end at a request that is too long, else the documents whose prompts it cuts unseen."""
+    cut: set[int] = set()
+    for request in task.instances:
+        if request.request_type != "generate_until":
+            continue
+        prompt, number = request.args[0], _new_tokens(request)
+        if number >= context:
+            problem = (
+                f"it lets the model write {number} tokens (max_gen_toks; {_NO_LIMIT} where the task does not say), and "
+                f"this model's context has {context}, with the prompt; set a smaller max_gen_toks in generation_kwargs "
+                f"of the task's file, {_ROOM}"
+            )
+            return problem, set()
+        if _at_most(prompt) > context - number and len(lm.tok_encode(prompt)) > context - number:
+            cut.add(request.doc_id)
+    for document, before, scored in _long_pairs(task, lm, context):
+        if scored > context:
+            problem = (
+                f"document {document}: an answer has {scored} tokens, and this model's context {context}; drop its "
+                f"line from the data, {_ROOM}"
+            )
+            return problem, set()
+        if before + scored > context + 1:  # an answer's last token is no input
+            cut.add(document)
+    return None, cut
+
+
+def _new_tokens(request: Any) -> int:
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    return int(normalize_gen_kwargs(request.args[1], _NO_LIMIT)["max_gen_toks"])

@@ -1,12 +1,13 @@
 """The names of benchmarks, the files of local ones, and keys of what they are made of. Imports no torch.
 
 A task is named as in lm-eval, as in PyTorch's releases (`RELEASE13`), or by the path of a YAML file of lm-eval's form,
-whose `data_files` may be relative to it.
+whose `data_files`, patterns among them, may be relative to it.
 """
 
 from __future__ import annotations
 
 import difflib
+import glob
 import hashlib
 import json
 import re
@@ -221,12 +222,21 @@ def _beside(path: Path, files: Any) -> Any:
     match files:
         case str():
             found = path.parent / files
-            return str(found.resolve()) if found.exists() else files
+            return str(found.resolve()) if found.exists() else _matching(path.parent, files) or files
         case list():
-            return [_beside(path, file) for file in files]
+            beside = [_beside(path, file) for file in files]
+            return [file for each in beside for file in (each if isinstance(each, list) else [each])]
         case dict():
             return {key: _beside(path, file) for key, file in files.items()}
     return files
+
+
+def _matching(folder: Path, pattern: str) -> list[str]:
+    """The files that a pattern finds beside a task's YAML: datasets would look in the working directory."""
+    if "::" in pattern or "://" in pattern or not glob.has_magic(pattern):
+        return []
+    found = (folder / name for name in glob.glob(pattern, root_dir=folder, recursive=True))
+    return sorted(str(file.resolve()) for file in found if file.is_file())
 
 
 def _plain(value: Any) -> str:

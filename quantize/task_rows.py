@@ -76,6 +76,12 @@ def chosen_filter(names: Sequence[str]) -> str:
     return _FILTER if _FILTER in names else names[0]
 
 
+def may_be_split(tasks: Mapping[str, Any]) -> bool:
+    """May the tasks of one name measure different things, so that each is reported by itself? Known once they ran."""
+    kinds = {(type(task), task.OUTPUT_TYPE, *task.higher_is_better().items()) for task in tasks.values()}
+    return len(kinds) > 1
+
+
 def rows_of(name: str, leaf: str, task: Any, samples: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
     """The rows of one task.
 

@@ -28,7 +28,7 @@ from quantize.task_files import (
     require_lm_eval,
     unloadable,
 )
-from quantize.task_rows import Row, chosen_filter, load_rows, rows_of, save_rows
+from quantize.task_rows import Row, chosen_filter, load_rows, may_be_split, rows_of, save_rows
 
 __all__ = [
     "RELEASE13",
@@ -118,12 +118,16 @@ def few_shot_numbers(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, int | 
     """Examples in the prompts of each reported name, which `Settings.num_fewshot` is not for all.
 
     Returns:
-        the number; "0 or 5" for a group whose tasks differ.
+        the number; "0 or 5" for a group whose tasks differ. Where a group may be reported as its tasks, which is known
+        once they ran, both it and they are named: whoever shows this leaves out what has no rows.
     """
     found: dict[str, int | str] = {}
     for name, leaves in tasks.items():
-        numbers = sorted({int(task.get_config("num_fewshot")) for task in leaves.values()})
+        own = {leaf: int(task.get_config("num_fewshot")) for leaf, task in leaves.items()}
+        numbers = sorted(set(own.values()))
         found[name] = numbers[0] if len(numbers) == 1 else " or ".join(map(str, numbers))
+        if may_be_split(leaves):
+            found = {**own, **found}
     return found
 
 

@@ -146,26 +146,28 @@ def check_tasks(job: Mapping[str, Any], progress: Callable[[int, int], None]) ->
     trust_remote_code.
 
     Returns:
-        fingerprint of all that decides their results; samples and num_fewshot (that was used, which for some tasks is
-        not what was asked for) by reported name.
+        fingerprint of all that decides their results; by reported name samples, num_fewshot (that was used, which for
+        some tasks is not what was asked for) and cut (samples whose prompts are longer than the model's context; names
+        that have none are left out).
 
     Raises:
-        UserError: a task cannot be loaded, or a request of it cannot be built.
+        UserError: a task cannot be loaded, or a request of it cannot be built or does not fit the model's context.
     """
-    from quantize.task_checks import check_runnable
+    from quantize.task_checks import check_runnable, context_length
     from quantize.tasks import Settings, count_samples, few_shot_numbers, fingerprint, load_tasks
 
     settings, tokenizer = Settings(**job["tasks"]), _tokenizer(job)
     if settings.chat_template and not tokenizer.chat_template:
         raise UserError("eval.chat_template: this model's tokenizer has no chat template; set data.chat_template")
     tasks = load_tasks(settings)
-    found = {
+    trust = job.get("trust_remote_code", False)
+    context = context_length(Path(job["model"]), tokenizer, trust_remote_code=trust)
+    return {
         "fingerprint": fingerprint(tasks, settings),
         "samples": {name: count_samples(leaves, settings.limit) for name, leaves in tasks.items()},
         "num_fewshot": few_shot_numbers(tasks),
+        "cut": check_runnable(tasks, settings, tokenizer, context),
     }
-    check_runnable(tasks, settings, tokenizer)
-    return found
 
 
 def measure(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:

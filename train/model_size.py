@@ -17,6 +17,9 @@ from train import hub, models
 from train.config import ModelConfig
 
 _TIED = {"gemma2", "gemma3_text", "gemma3", "smollm3"}  # model types whose transformers config ties by default
+_NAMED = {  # model types whose linear layers inside the transformer's layers are those of `_attention` and `_mlp`
+    "gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3",
+}  # fmt: skip
 _BYTE_VOCABULARY = 259  # the byte-level tokenizer of tiny random models: 256 bytes and three special tokens
 _GGUF_NAMES = {
     "attn_q": "q_proj",
@@ -53,6 +56,7 @@ class ModelSize:
         linears: the linear layers inside the transformer's layers; lm_head is not among them.
         layers, hidden, vocabulary: numbers of transformer layers, features and tokens.
         source: where this was read.
+        named: the names of `linears` are certain; else they are those that a Llama would have.
     """
 
     parameters: int
@@ -61,6 +65,7 @@ class ModelSize:
     hidden: int
     vocabulary: int
     source: str
+    named: bool = False
 
     @property
     def linear_weights(self) -> int:
@@ -102,6 +107,7 @@ def size_of(settings: Mapping[str, Any], source: str) -> ModelSize:
     Raises:
         UnknownSize: a field that it needs is missing.
     """
+    inside_another = bool(settings.get("text_config"))  # beside a vision tower, whose layers are not known here
     settings = settings.get("text_config") or settings
     try:
         hidden, layers = int(settings["hidden_size"]), int(settings["num_hidden_layers"])
@@ -122,7 +128,8 @@ def size_of(settings: Mapping[str, Any], source: str) -> ModelSize:
     tied = settings.get("tie_word_embeddings")
     tied = model_type in _TIED if tied is None else tied
     parameters = inside + vocabulary * hidden * (1 if tied else 2) + (2 * layers + 1) * hidden
-    return ModelSize(parameters, linears, layers, hidden, vocabulary, source)
+    named = model_type in _NAMED and not experts and not inside_another
+    return ModelSize(parameters, linears, layers, hidden, vocabulary, source, named)
 
 
 def _attention(model_type: str, hidden: int, query: int, key: int, layers: int) -> tuple[Linear, ...]:
@@ -176,7 +183,9 @@ def _gguf_size(path: Path) -> ModelSize:
     from gguf import GGUFReader
 
     try:
-        tensors = [(tensor.name, [int(n) for n in tensor.shape]) for tensor in GGUFReader(path).tensors]
+        reader = GGUFReader(path)
+        tensors = [(tensor.name, [int(n) for n in tensor.shape]) for tensor in reader.tensors]
+        architecture = reader.fields.get("general.architecture")
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise UnknownSize(f"{path} cannot be read as GGUF: {error}") from error
     # GGUF lists dimensions innermost first: a linear's weight is (I, O), the embedding (hidden, vocabulary).
@@ -197,4 +206,6 @@ def _gguf_size(path: Path) -> ModelSize:
     if not hidden or not linears:
         raise UnknownSize(f"{path} holds no transformer layers that this estimate knows")
     found = tuple(Linear(*shape, count=count) for shape, count in linears.items())
-    return ModelSize(parameters, found, len(blocks), hidden, vocabulary, f"the header of {path.name}")
+    known = architecture is not None and architecture.contents() in _NAMED
+    named = known and {linear.name for linear in found} <= set(_GGUF_NAMES.values())
+    return ModelSize(parameters, found, len(blocks), hidden, vocabulary, f"the header of {path.name}", named)

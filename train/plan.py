@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,14 +82,20 @@ def estimate(config: RunConfig) -> Plan:
         size = find_size(config.model)
     except UnknownSize as error:
         return Plan(steps, {}, {}, device, unknown=(f"memory and disk: {error}",), obstacles=obstacles)
+    fits_none = tuple(_skip_without_layers(config, size))
+    certain = size.named and not config.model.trust_remote_code  # which may run code of the model's own
     return Plan(
         steps,
         _memory(config, size, device),
         _disk(config, size, device),
         device,
         size,
-        obstacles=(*obstacles, *coverage_obstacles(config, size), *_skip_obstacles(config, size)),
-        notes=tuple(_notes(config, device)),
+        obstacles=(
+            *obstacles,
+            *coverage_obstacles(config, size),
+            *(_skip_obstacles(fits_none, size) if certain else ()),
+        ),
+        notes=(*_notes(config, device), *(() if certain else _skip_notes(fits_none))),
     )
 
 
@@ -222,17 +228,30 @@ def _kept(config: RunConfig, linear: Linear) -> int:
     return sum(is_kept(name, config.quantize.skip) for name in _layer_names(linear))
 
 
-def _skip_obstacles(config: RunConfig, size: ModelSize) -> Iterator[str]:
-    """Entries of `quantize.skip` that fit no layer, which `select_layers` refuses after the model is loaded."""
-    kinds = [line.name for line in size.linears]
-    if not set(kinds) - set(_ATTENTION):
-        return  # what experts and their routers are called is not known here
+def _skip_without_layers(config: RunConfig, size: ModelSize) -> list[str]:
+    """Entries of `quantize.skip` that fit no layer of those that the model is thought to have."""
+    if not {line.name for line in size.linears} - set(_ATTENTION):
+        return []  # what experts and their routers are called is not known here
     names = [name for line in size.linears for prefix in _PREFIXES for name in _layer_names(line, prefix)]
-    lost = [each for each in config.quantize.skip if not any(is_kept(name, [each]) for name in [*names, "lm_head"])]
-    if lost:
+    return [each for each in config.quantize.skip if not any(is_kept(name, [each]) for name in [*names, "lm_head"])]
+
+
+def _skip_obstacles(entries: Sequence[str], size: ModelSize) -> Iterator[str]:
+    """`select_layers` refuses them after the model is loaded."""
+    if entries:
+        kinds = [line.name for line in size.linears]
         yield (
-            f"quantize.skip: {', '.join(map(repr, lost))} fits no linear layer, as {size.source} tells: they end in "
-            f"{', '.join(kinds)}, the first is {names[0]}"
+            f"quantize.skip: {', '.join(map(repr, entries))} fits no linear layer, as {size.source} tells: they end in "
+            f"{', '.join(kinds)}, the first is {_layer_names(size.linears[0])[0]}"
+        )
+
+
+def _skip_notes(entries: Sequence[str]) -> Iterator[str]:
+    """The layers of many models have other names (fc1, attn_qkv, vision_tower), which a config does not tell."""
+    if entries:
+        yield (
+            f"quantize.skip: {', '.join(map(repr, entries))} fits none of the layers that a Llama would have; if this "
+            "model has none either, train says so before it starts"
         )
 
 

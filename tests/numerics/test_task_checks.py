@@ -14,7 +14,7 @@ import torch
 from tiny_models import tiny_model
 
 from quantize.errors import UserError
-from quantize.task_checks import check_runnable
+from quantize.task_checks import check_runnable, context_length
 from quantize.task_metrics import task_metrics
 from quantize.task_rows import rows_of
 from quantize.tasks import Row, Settings, few_shot_numbers, load_rows, load_tasks, run_tasks, save_rows
@@ -67,11 +67,11 @@ def _write(home: Path, rows: list[dict[str, Any]] | None = None, name: str = "ch
     return str(home / f"{name}.yaml")
 
 
-def _check(names: list[str], tokenizer: Any = None, **changes: Any) -> str:
+def _check(names: list[str], tokenizer: Any = None, context: int = 2048, **changes: Any) -> str:
     """What is refused; empty where nothing is."""
     settings = Settings(names=names, batch_size=3, **changes)
     try:
-        check_runnable(load_tasks(settings), settings, tokenizer or byte_tokenizer())
+        check_runnable(load_tasks(settings), settings, tokenizer or byte_tokenizer(), context)
     except UserError as error:
         return "\n".join(error.lines)
     return ""
@@ -143,6 +143,104 @@ def test_an_empty_answer_or_prompt_is_refused(tmp_path: Path) -> None:
     assert "document 1: its prompt '  ' holds no more" in _check([_write(tmp_path, blank, doc_to_text="{{question}}")])
 
 
+@pytest.mark.parametrize("text", ["", " \n "])
+def test_an_empty_text_is_refused(text: str, tmp_path: Path) -> None:
+    said = _check([_write(tmp_path, _with(3, question=text), **ROLLING)])
+    assert "(text) cannot be run: document 3: its text is empty" in said and "drop its line" in said
+    assert "document 0: its text is empty" in _check([_write(tmp_path, [{"question": text}] * 3, **ROLLING)])
+
+
+def _cut(names: list[str], context: int, tokenizer: Any = None, **changes: Any) -> dict[str, int]:
+    settings = Settings(names=names, batch_size=3, **changes)
+    return check_runnable(load_tasks(settings), settings, tokenizer or byte_tokenizer(), context)
+
+
+def _runs(names: list[str], context: int) -> None:
+    settings = Settings(names=names, batch_size=3)
+    model = tiny_model(vocab_size=len(byte_tokenizer()), max_position_embeddings=context)
+    run_tasks(model, byte_tokenizer(), load_tasks(settings), settings)
+
+
+def test_more_new_tokens_than_the_context_holds_are_refused(tmp_path: Path) -> None:
+    file = _write(tmp_path, **WRITES)
+    text = _check([file], context=4)  # lm-eval asks for one token at least of the prompt
+    assert "(writes) cannot be run: it lets the model write 4 tokens" in text and "this model's context has 4," in text
+    assert "set a smaller max_gen_toks" in text and "leave the task out" in text and "longer context" in text
+    with pytest.raises(AssertionError, match="must be less than model's maximum sequence length"):
+        _runs([file], 4)
+    assert _check([file], context=5) == ""
+    _runs([file], 5)
+    silent = _write(tmp_path, **{**WRITES, "generation_kwargs": {"until": ["\n"]}})
+    assert "write 256 tokens" in _check([silent], context=256) and _check([silent], context=257) == ""
+
+
+def test_an_answer_longer_than_the_context_is_refused(tmp_path: Path) -> None:
+    file = _write(tmp_path, _with(2, choices=["a" * 40, "b", "c"]))
+    text = _check([file], context=40)
+    assert "choices cannot be run: document 2: an answer has 41 tokens, and this model's context 40; drop" in text
+    with pytest.raises(AssertionError):
+        _runs([file], 40)
+    assert _check([file], context=41) == ""
+    _runs([file], 41)
+
+
+def test_prompts_that_lm_eval_cuts_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = [_write(tmp_path), _write(tmp_path, name="writes", **WRITES), _write(tmp_path, name="text", **ROLLING)]
+    prompts = [f"Q: {row['question']}\nA:" for row in ROWS]
+    longest = [
+        len(prompt) + max(len(f" {each}") for each in row["choices"]) for prompt, row in zip(prompts, ROWS, strict=True)
+    ]
+    for context in range(12, 40):
+        choices = sum(length - 1 > context for length in longest)  # a token is a byte, and the last is no input
+        writes = sum(len(prompt) + 4 > context for prompt in prompts)
+        expected = {name: number for name, number in (("choices", choices), ("writes", writes)) if number}
+        assert _cut(names, context) == expected
+    assert _cut(names, 2048) == {} and _cut(names, 16, limit=2)["choices"] == 2
+    for context, warned in ((max(longest) - 1, False), (max(longest) - 2, True)):
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="lm_eval.models.huggingface"):
+            _runs(names[:1], context)
+        assert any("exceeds model's maximum length" in record.message for record in caplog.records) is warned
+
+
+def test_texts_beyond_ascii_are_counted_in_tokens(tmp_path: Path) -> None:
+    file = _write(tmp_path, _with(1, question="é" * 40), **WRITES)  # 80 bytes of 40 characters, and 6 around them
+    assert _cut([file], 90) == {} and _cut([file], 89) == {"choices": 1}
+
+
+def test_texts_that_surely_fit_are_not_made_tokens_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    monkeypatch.setattr(HFLM, "tok_encode", lambda *args, **options: pytest.fail("made tokens"))
+    assert _cut([_write(tmp_path), _write(tmp_path, name="writes", **WRITES)], 128) == {}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "own", "expected"),
+    [
+        ("qwen3", {"max_position_embeddings": 300}, 200, 300),
+        ("gpt2", {"n_positions": 301}, 200, 301),
+        ("gemma3", {"text_config": {"max_position_embeddings": 302}}, 200, 302),
+        ("bloom", {}, 303, 303),
+        ("bloom", {}, None, 2048),
+    ],
+)
+def test_the_context_is_the_one_that_lm_eval_takes(
+    architecture: str, options: dict[str, Any], own: int | None, expected: int, tmp_path: Path
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoConfig
+
+    config, tokenizer = AutoConfig.for_model(architecture, **options), byte_tokenizer()
+    config.save_pretrained(tmp_path)
+    tokenizer.model_max_length = own or tokenizer.model_max_length
+    assert context_length(tmp_path, tokenizer) == expected
+    lm = SimpleNamespace(
+        _max_length=None, model=SimpleNamespace(config=config), tokenizer=tokenizer, _DEFAULT_MAX_LENGTH=2048
+    )
+    assert HFLM.max_length.fget(lm) == expected
+
+
 def test_a_chat_template_that_fails_is_found(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('one turn only') if messages|length > 1 else messages[0].content }}"
@@ -159,10 +257,31 @@ def test_what_fails_is_said_of_every_task(tmp_path: Path) -> None:
     assert [line.split(" cannot")[0] for line in lines] == ["eval.tasks: choices", "eval.tasks: again (other)"]
 
 
+def _save_model(folder: Path, context: int) -> None:
+    from transformers import AutoConfig
+
+    byte_tokenizer().save_pretrained(folder)
+    AutoConfig.for_model("qwen3", max_position_embeddings=context).save_pretrained(folder)
+
+
+def test_the_check_tells_how_many_prompts_are_cut(tmp_path: Path) -> None:
+    _save_model(tmp_path / "model", 19)
+    names = [_write(tmp_path), _write(tmp_path, name="text", **ROLLING)]
+    job = {"tasks": {"names": names}, "model": str(tmp_path / "model")}
+    assert check_tasks(job, lambda done, total: None)["cut"] == {"choices": 4}
+
+
+def test_the_packaged_tasks_fit_a_tiny_model(tmp_path: Path) -> None:
+    _save_model(tmp_path, 2048)
+    names = [f"examples/tasks/{name}.yaml" for name in ("choices", "answers", "perplexity")]
+    found = check_tasks({"tasks": {"names": names, "chat_template": True}, "model": str(tmp_path)}, lambda *_: None)
+    assert found["cut"] == {} and list(found["samples"]) == ["choices", "answers", "perplexity"]
+
+
 def test_the_check_tells_how_many_examples_each_task_has(tmp_path: Path) -> None:
     none = _write(tmp_path, name="none", task="none", num_fewshot=0)
     text = _write(tmp_path, name="text", **ROLLING)
-    byte_tokenizer().save_pretrained(tmp_path / "model")
+    _save_model(tmp_path / "model", 2048)
     tasks = {"names": [_write(tmp_path), none, text], "num_fewshot": 2, "limit": 3}
     job = {"tasks": tasks, "model": str(tmp_path / "model")}
     found = check_tasks(job, lambda done, total: None)
@@ -223,6 +342,29 @@ def test_only_what_lm_eval_pools_is_pooled(registered: Path, asked: str, reporte
 def test_a_group_whose_tasks_differ_in_examples_says_both(registered: Path) -> None:
     assert few_shot_numbers(load_tasks(Settings(names=["weighted"]))) == {"weighted": "0 or 1"}
     assert few_shot_numbers(load_tasks(Settings(names=["weighted"], num_fewshot=3))) == {"weighted": "0 or 3"}
+
+
+def test_a_group_that_may_be_split_is_named_as_it_may_be_reported(registered: Path) -> None:
+    from lm_eval.tasks import TaskManager
+
+    data = {"dataset_kwargs": {"data_files": {"test": str(registered / "rows.jsonl")}}}
+    for name, metric in (("c", "acc"), ("d", "acc_norm")):  # f1 is a number of all samples only
+        metrics = [{"metric": each, "aggregation": "mean", "higher_is_better": True} for each in ("f1", metric)]
+        metrics[0]["aggregation"] = "f1"
+        two = {"doc_to_choice": "{{choices[:2]}}", "num_fewshot": 2}
+        _write(registered, name=name, task=name, metric_list=metrics, **two, **data)
+    group = [{"metric": "f1", "aggregation": "mean", "weight_by_size": True}]
+    text = json.dumps({"group": "mixed", "task": ["c", "d"], "aggregate_metric_list": group})
+    (registered / "mixed.yaml").write_text(text)
+    manager = TaskManager(include_path=str(registered), include_defaults=False)
+    settings = Settings(names=["mixed"], batch_size=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quantize.tasks.open_manager", lambda expanded: manager)
+        assert few_shot_numbers(load_tasks(settings)) == {"c": 2, "d": 2, "mixed": 2}
+        assert _cut(["mixed"], 19) == {"c": 5, "d": 5, "mixed": 10}
+        model = tiny_model(vocab_size=len(byte_tokenizer()))
+        rows = run_tasks(model, byte_tokenizer(), load_tasks(settings), settings)
+    assert {(row.name, row.metric) for row in rows} == {("c", "acc"), ("d", "acc_norm")}
 
 
 def test_a_file_may_not_take_a_reported_name(registered: Path) -> None:

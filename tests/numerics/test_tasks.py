@@ -190,6 +190,21 @@ def test_where_a_task_lies_is_no_part_of_it_but_what_lies_beside_it_is(folder: P
     assert definition_key(settings[0].names) != keys[1]
 
 
+def test_rows_of_several_files_are_named_by_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    (home / "parts").mkdir(parents=True)
+    (tmp_path / "parts").mkdir()
+    for number, row in enumerate(ROWS):
+        (home / "parts" / f"{number}.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "parts" / "other.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    task = {"task": "choices", **COMMON, **TASKS["choices"]}
+    task["dataset_kwargs"] = {"data_files": {"test": "parts/*.jsonl"}}
+    (home / "choices.yaml").write_text(json.dumps(task))
+    (found,) = load_tasks(_settings(home, "choices"))["choices"].values()
+    assert [row["question"] for row in found.eval_docs] == [row["question"] for row in ROWS]
+
+
 def test_a_second_try_with_a_smaller_batch_draws_the_same_examples(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +68,66 @@ def test_an_entry_of_skip_that_fits_no_layer_is_an_obstacle(config: str) -> None
 )
 def test_an_entry_of_skip_that_may_fit_is_no_obstacle(entry: str) -> None:
     assert not _obstacles("--qat=int8-int4", f"--quantize.skip={entry}")
+
+
+_SHAPE = {
+    "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 96,
+}  # fmt: skip
+
+
+def _plan_of(settings: dict[str, Any], folder: Path, *words: str) -> tuple[str, str]:
+    """(obstacles, notes) for a model with that config.json and an entry of skip that a Llama has no layer for."""
+    (folder / "config.json").write_text(json.dumps(settings))
+    words = ("--qat=int8-int4", f"--model.id={folder}", "--quantize.skip=fc1", *words)
+    plan = estimate(load_config("quickstart.yaml", words))
+    return "\n".join(plan.obstacles), "\n".join(plan.notes)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model_type": "phi", **_SHAPE},
+        {"model_type": "gpt_neox", **_SHAPE},
+        {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", **_SHAPE}},
+        {"model_type": "qwen3_5_text", **_SHAPE},
+        _SHAPE,
+    ],
+)
+def test_skip_is_only_noted_where_the_layers_names_are_guessed(settings: dict[str, Any], tmp_path: Path) -> None:
+    obstacles, notes = _plan_of(settings, tmp_path)
+    assert "quantize.skip" not in obstacles
+    assert "quantize.skip: 'fc1' fits none of the layers that a Llama would have; if this model has none" in notes
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "smollm3", "phi3"])
+def test_skip_is_refused_where_the_layers_names_are_known(model_type: str, tmp_path: Path) -> None:
+    obstacles, notes = _plan_of({"model_type": model_type, **_SHAPE}, tmp_path)
+    assert "quantize.skip: 'fc1' fits no linear layer" in obstacles and "quantize.skip" not in notes
+    assert ("qkv_proj, o_proj, gate_up_proj" in obstacles) is (model_type == "phi3")
+
+
+def test_skip_is_only_noted_where_code_of_the_model_s_own_may_run(tmp_path: Path) -> None:
+    words = ["--model.trust-remote-code=true", "--model.backend=peft"]
+    obstacles, notes = _plan_of({"model_type": "llama", **_SHAPE}, tmp_path, *words)
+    assert "quantize.skip" not in obstacles and "quantize.skip: 'fc1'" in notes
+
+
+@pytest.mark.parametrize(("architecture", "attention"), [("phi3", "attn_qkv"), ("gptneox", "attn_q")])
+def test_skip_is_only_noted_for_a_gguf_of_other_layers(architecture: str, attention: str, tmp_path: Path) -> None:
+    import numpy as np
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "model.gguf", architecture)
+    for name in ("token_embd.weight", f"blk.0.{attention}.weight", "blk.0.ffn_down.weight"):
+        writer.add_tensor(name, np.zeros((64, 64), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    words = ["--qat=int8-int4", f"--model.id={tmp_path / 'model.gguf'}", "--quantize.skip=qkv_proj"]
+    plan = estimate(load_config("quickstart.yaml", words))
+    assert not any("quantize.skip" in line for line in plan.obstacles)
+    assert any("quantize.skip: 'qkv_proj'" in line for line in plan.notes)
 
 
 def test_skip_is_not_judged_where_experts_have_other_names() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from quantize.errors import UserError
-from quantize.task_files import check_names, require_lm_eval, unloadable
+from quantize.task_files import check_names, definition_key, local_definition, require_lm_eval, unloadable
 from quantize.tasks import is_pooled
 
 HOME = Path(__file__).resolve().parents[2]
@@ -40,6 +41,36 @@ def test_the_advice_to_install_lm_eval_has_the_project_s_bounds(monkeypatch: pyt
         require_lm_eval()
     (bound,) = tomllib.loads((HOME / "pyproject.toml").read_text())["project"]["optional-dependencies"]["eval"]
     assert f"pip install '{bound}'" in str(caught.value) and "make setup" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ("parts/*.jsonl", ["parts/a.jsonl", "parts/b.jsonl"]),
+        ({"test": "parts/[ab].jsonl"}, {"test": ["parts/a.jsonl", "parts/b.jsonl"]}),
+        (["rows.jsonl", "parts/b*"], ["rows.jsonl", "parts/b.jsonl"]),
+        ("**/*.jsonl", ["parts/a.jsonl", "parts/b.jsonl", "rows.jsonl"]),
+        ("rows.jsonl", "rows.jsonl"),
+    ],
+)
+def test_patterns_of_data_files_are_looked_for_beside_the_task(files: Any, found: Any, tmp_path: Path) -> None:
+    home = tmp_path / "tasks [1]"  # no pattern itself
+    (home / "parts" / "b.folder").mkdir(parents=True)
+    for name in ("rows.jsonl", "parts/a.jsonl", "parts/b.jsonl"):
+        (home / name).write_text("{}")
+    file = home / "mine.yaml"
+    file.write_text(json.dumps({"task": "mine", "dataset_kwargs": {"data_files": files}}))
+    absolute = json.loads(json.dumps(found).replace("parts/", f"{home}/parts/").replace('"rows', f'"{home}/rows'))
+    assert local_definition(file)["dataset_kwargs"]["data_files"] == absolute
+    key = definition_key([str(file)])
+    (home / ("rows.jsonl" if found == "rows.jsonl" else "parts/b.jsonl")).write_text('{"a": 1}')
+    assert definition_key([str(file)]) != key
+
+
+@pytest.mark.parametrize("files", ["none/*.jsonl", "hf://datasets/x/*.jsonl", "https://x.y/a?b.jsonl", "gone.jsonl"])
+def test_files_that_do_not_lie_beside_the_task_are_left_as_they_are(files: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(json.dumps({"task": "mine", "dataset_kwargs": {"data_files": files}}))
+    assert local_definition(tmp_path / "mine.yaml")["dataset_kwargs"]["data_files"] == files
 
 
 class GatedRepoError(Exception):
