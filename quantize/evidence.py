@@ -40,7 +40,8 @@ def tasks_section(
     if not tasks:
         return
     # A group that might have been reported by its tasks is named beside them: only one of the two has a row.
-    examples, cut = ({name: number for name, number in of.items() if name in tasks} for of in (examples, cut))
+    examples = {name: number for name, number in examples.items() if name in tasks}
+    cut = {name: number for name, number in cut.items() if name in tasks}
     arms = [arm for arm in ARMS if any(task[arm]["value"] is not None for task in tasks.values())]
     first, second = main_pair(metrics)
     pair = f"{first}_vs_{second}"
