@@ -68,7 +68,7 @@ def test_rights_and_full_disks_anywhere_are_the_users(
     def fail(options: object) -> None:
         raise error
 
-    monkeypatch.setattr("quantize.cli._schemes", fail)
+    monkeypatch.setattr("quantize.commands.schemes.run", fail)
     assert main(["schemes"]) == code
     said = capsys.readouterr().err
     assert said == f"error: runs/a/report.md: {error.strerror}\n" if error.filename else "something of ours" in said
