@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from quantize.integers import restore_symmetric
+from quantize.integers import nearest_symmetric, restore_symmetric
 from quantize.numerics import Numbers, Quantised, grouped_by, span_symmetric
 
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
@@ -33,8 +33,14 @@ def quantise_fp8(
     scale = (weight.abs().amax(dim=-1, keepdim=True) / FP8_MAX).to(torch.float32)
     if factor is not None:
         scale = scale * factor.float()
-    scaled = (weight.to(torch.float32) / torch.where(scale == 0, 1.0, scale)).clamp(-FP8_MAX, FP8_MAX)
-    return Quantised(scaled.to(torch.float8_e4m3fn), scale)
+    return Quantised(nearest_fp8(weight, Quantised(weight, scale)), scale)
+
+
+@torch.no_grad()
+def nearest_fp8(weight: Tensor, quantised: Quantised) -> Tensor:
+    """float8 nearest to a weight (..., I) under given scales (..., 1)."""
+    scaled = weight.to(torch.float32) / torch.where(quantised.scale == 0, 1.0, quantised.scale)
+    return scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
 
 @torch.no_grad()
@@ -189,6 +195,7 @@ FP8 = Numbers(
     activation=fp8_per_row,
     encode=quantise_fp8,
     linear=linear_fp8,
+    nearest=nearest_fp8,
 )
 FP8_MSLK = Numbers(
     quantise=quantise_fp8_mslk,
@@ -197,6 +204,7 @@ FP8_MSLK = Numbers(
     activation=fp8_per_row_mslk,
     encode=quantise_fp8_mslk,
     linear=linear_fp8_mslk,
+    nearest=nearest_fp8,
 )
 FP8_INT4 = Numbers(
     quantise=quantise_fp8_int4,
@@ -205,4 +213,5 @@ FP8_INT4 = Numbers(
     activation=fp8_per_row_mslk,
     encode=quantise_fp8_mslk,
     linear=linear_fp8_int4,
+    nearest=partial(nearest_symmetric, bits=4),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -35,9 +36,17 @@ def quantise_symmetric(
     scale = torch.maximum(-negative, positive) / (float(high - low) / 2)
     if factor is not None:
         scale = scale * factor.to(scale.dtype).unsqueeze(-1)
-    scale = torch.clamp(scale, min=torch.finfo(scale_dtype).smallest_normal).to(scale_dtype)
-    values = torch.clamp(torch.round(grouped * (1.0 / scale.to(weight.dtype))), low, high)
-    return Quantised(values.reshape(weight.shape), scale.squeeze(-1))
+    scale = torch.clamp(scale, min=torch.finfo(scale_dtype).smallest_normal).to(scale_dtype).squeeze(-1)
+    return Quantised(nearest_symmetric(weight, Quantised(weight, scale), bits=bits), scale)
+
+
+@torch.no_grad()
+def nearest_symmetric(weight: Tensor, quantised: Quantised, *, bits: int) -> Tensor:
+    """Integers nearest to a weight (O, I) under given scales, ties as torchao rounds them."""
+    scale = quantised.scale
+    grouped = weight.reshape(*scale.shape, -1)  # (O, G, group_size)
+    values = torch.clamp(torch.round(grouped * (1.0 / scale.to(weight.dtype)).unsqueeze(-1)), *symmetric_range(bits))
+    return values.reshape(weight.shape)
 
 
 @torch.no_grad()
@@ -88,7 +97,13 @@ def quantise_int8_rows(
     if factor is not None:
         scale = scale * factor.to(scale.dtype)
     scale = torch.clamp(scale, min=torch.finfo(torch.float32).eps).to(torch.float32)
-    return Quantised(torch.clamp(torch.round(weight * (1.0 / scale)), low, high), scale)
+    return Quantised(nearest_int8_rows(weight, Quantised(weight, scale)), scale)
+
+
+@torch.no_grad()
+def nearest_int8_rows(weight: Tensor, quantised: Quantised) -> Tensor:
+    """Integers nearest to a weight (O, I) under given float32 scales (O, 1)."""
+    return torch.clamp(torch.round(weight * (1.0 / quantised.scale)), *INT8_RANGE)
 
 
 @torch.no_grad()
@@ -127,10 +142,18 @@ def quantise_tinygemm(
         low, high = middle - half, middle + half
     scale = torch.clamp((high - low) / 15.0, min=torch.finfo(shipped).smallest_normal).to(shipped)
     zero = (low + scale.to(low.dtype) * 8).to(shipped)
-    exact_scale, exact_zero = scale.to(grouped.dtype), zero.to(grouped.dtype)
-    smallest = exact_zero - exact_scale * 8
-    values = ((grouped - smallest) / exact_scale).round().clamp(0, 15)
-    return Quantised(values.reshape(weight.shape), scale.squeeze(-1), zero.squeeze(-1))
+    chosen = Quantised(weight, scale.squeeze(-1), zero.squeeze(-1))
+    return Quantised(nearest_tinygemm(weight, chosen), chosen.scale, chosen.zero)
+
+
+@torch.no_grad()
+def nearest_tinygemm(weight: Tensor, quantised: Quantised) -> Tensor:
+    """Integers from 0 to 15 nearest to a weight (O, I), in float32 or else bf16, under given scales and zero points."""
+    assert quantised.zero is not None
+    grouped = weight if weight.dtype == torch.float32 else weight.to(torch.bfloat16)
+    grouped = grouped.reshape(*quantised.scale.shape, -1)  # (O, G, group_size)
+    scale, zero = (part.to(grouped.dtype).unsqueeze(-1) for part in (quantised.scale, quantised.zero))
+    return ((grouped - (zero - scale * 8)) / scale).round().clamp(0, 15).reshape(weight.shape)
 
 
 @torch.no_grad()
@@ -185,6 +208,7 @@ def symmetric(bits: int, *, int8_activations: bool = False) -> Numbers:
         restore=restore_symmetric,
         span=partial(span_symmetric, low=low - 0.5, high=high + 0.5),
         activation=int8_asymmetric_per_token if int8_activations else None,
+        nearest=partial(nearest_symmetric, bits=bits),
     )
 
 
@@ -195,6 +219,9 @@ INT8_ROWS = Numbers(
     restore=restore_symmetric,
     span=partial(span_symmetric, low=-128.5, high=127.5),
     linear=linear_int8_rows,
+    nearest=nearest_int8_rows,
 )
-TINYGEMM = Numbers(quantise=quantise_tinygemm, restore=restore_tinygemm, span=span_tinygemm, bias_after=True)
-INT4_MSLK = Numbers(quantise=quantise_int4_mslk, restore=restore_tinygemm, span=span_tinygemm, bias_after=True)
+TINYGEMM = Numbers(
+    quantise=quantise_tinygemm, restore=restore_tinygemm, span=span_tinygemm, bias_after=True, nearest=nearest_tinygemm
+)
+INT4_MSLK = replace(TINYGEMM, quantise=quantise_int4_mslk)

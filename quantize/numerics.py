@@ -52,6 +52,8 @@ class Numbers:
             after the sum.
         span: quantised -> (lowest weight that does not clip, the range's fixed middle, the highest), each (O, G).
         bias_after: the layer adds the bias to the rounded product, which rounds twice.
+        nearest: (weight (O, I), quantised) -> the grid's points (O, I) nearest to it under the scales and zero points
+            of `quantised`, for algorithms that choose these first (`quantize.algorithms`).
     """
 
     quantise: Callable[[Tensor, int | None, torch.dtype, Tensor | None], Quantised]
@@ -61,6 +63,7 @@ class Numbers:
     encode: Callable[[Tensor], Quantised] | None = None
     linear: Callable[[Any, Quantised, Tensor | None, torch.dtype], Tensor] | None = None
     bias_after: bool = False
+    nearest: Callable[[Tensor, Quantised], Tensor]
 
     def round_trip(self, weight: Tensor, group_size: int | None) -> Tensor:
         """`restore(quantise(weight))` in the weight's own dtype: what rounding to nearest ships."""
