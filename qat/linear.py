@@ -257,10 +257,8 @@ def _save(
     ctx.counts = len(parameters), [len(_parts(item)) for item in inputs], [len(_parts(item)) for item in kept]
 
 
-def _parts(item: Weight) -> tuple[Tensor, ...]:
-    if isinstance(item, Tensor):
-        return (item,)
-    return (item.values, item.scale) if item.zero is None else (item.values, item.scale, item.zero)
+def _parts(item: Weight) -> tuple[Tensor | None, ...]:
+    return (item,) if isinstance(item, Tensor) else (item.values, item.scale, item.zero, item.tensor_scale)
 
 
 def _saved(ctx: Any) -> tuple[list[Weight], list[Projection], list[Weight]]:

@@ -194,6 +194,7 @@ FP8 = Numbers(
     span=partial(span_symmetric, low=-FP8_MAX, high=FP8_MAX),
     activation=fp8_per_row,
     encode=quantise_fp8,
+    decode=restore_fp8,
     linear=linear_fp8,
     nearest=nearest_fp8,
 )
@@ -203,6 +204,7 @@ FP8_MSLK = Numbers(
     span=partial(span_symmetric, low=-FP8_MAX, high=FP8_MAX),
     activation=fp8_per_row_mslk,
     encode=quantise_fp8_mslk,
+    decode=restore_fp8,
     linear=linear_fp8_mslk,
     nearest=nearest_fp8,
 )
@@ -212,6 +214,7 @@ FP8_INT4 = Numbers(
     span=partial(span_symmetric, low=-8.5, high=7.5),
     activation=fp8_per_row_mslk,
     encode=quantise_fp8_mslk,
+    decode=restore_fp8,
     linear=linear_fp8_int4,
     nearest=partial(nearest_symmetric, bits=4),
 )

@@ -23,6 +23,11 @@ def _missing(need: str) -> str | None:
         raise AssertionError(f"unknown requirement {need!r} in quantize/schemes.py")
     import torch
 
+    if torch.version.cuda is None:
+        return (
+            f"a CUDA GPU of compute capability {wanted} or newer (torch {torch.__version__} is built without CUDA; "
+            "where there is a GPU: make setup LOCK=requirements/cuda-py312.txt)"
+        )
     if not torch.cuda.is_available():
         return f"a CUDA GPU of compute capability {wanted} or newer (this machine has none)"
     major, minor = torch.cuda.get_device_capability()

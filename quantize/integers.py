@@ -15,7 +15,13 @@ INT8_RANGE = (-128, 127)
 
 @torch.no_grad()
 def quantise_symmetric(
-    weight: Tensor, group_size: int | None, scale_dtype: torch.dtype, factor: Tensor | None = None, *, bits: int
+    weight: Tensor,
+    group_size: int | None,
+    scale_dtype: torch.dtype,
+    factor: Tensor | None = None,
+    *,
+    bits: int,
+    bf16_scales: bool = False,
 ) -> Quantised:
     """Symmetric signed integers with one scale per group of neighbouring inputs.
 
@@ -28,6 +34,7 @@ def quantise_symmetric(
         scale_dtype: dtype of the scales.
         factor: (O, G) multiplies the scale; below 1 the largest weights clip.
         bits: width of the integer, 2 to 8.
+        bf16_scales: round the scales to bf16's values, whatever `scale_dtype` holds them.
     """
     low, high = symmetric_range(bits)
     grouped = grouped_by(weight, group_size)  # (O, G, group_size)
@@ -36,7 +43,8 @@ def quantise_symmetric(
     scale = torch.maximum(-negative, positive) / (float(high - low) / 2)
     if factor is not None:
         scale = scale * factor.to(scale.dtype).unsqueeze(-1)
-    scale = torch.clamp(scale, min=torch.finfo(scale_dtype).smallest_normal).to(scale_dtype).squeeze(-1)
+    scale = torch.clamp(scale, min=torch.finfo(scale_dtype).smallest_normal).squeeze(-1)
+    scale = (scale.to(torch.bfloat16) if bf16_scales else scale).to(scale_dtype)
     return Quantised(nearest_symmetric(weight, Quantised(weight, scale), bits=bits), scale)
 
 
@@ -52,8 +60,8 @@ def nearest_symmetric(weight: Tensor, quantised: Quantised, *, bits: int) -> Ten
 @torch.no_grad()
 def restore_symmetric(quantised: Quantised, dtype: torch.dtype) -> Tensor:
     """Integers times scale, as torchao's `dequantize_affine` computes it in `dtype`."""
-    values = quantised.values.to(dtype)
-    grouped = values.reshape(*values.shape[:-1], quantised.scale.shape[-1], -1)
+    values, groups = quantised.values.to(dtype), quantised.scale.shape[-1]
+    grouped = values.reshape(*values.shape[:-1], groups, values.shape[-1] // groups)
     return (grouped * quantised.scale.unsqueeze(-1)).to(dtype).reshape(values.shape)
 
 
@@ -112,6 +120,42 @@ def linear_int8_rows(inputs: Tensor, weight: Quantised, bias: Tensor | None, dty
     rows = inputs.reshape(-1, inputs.shape[-1]) @ weight.values.to(dtype).t()
     rows = (rows * weight.scale.to(dtype).flatten()).reshape(*inputs.shape[:-1], rows.shape[-1])
     return rows if bias is None else rows + bias
+
+
+@torch.no_grad()
+def encode_int8_rows(activation: Tensor) -> Quantised:
+    """Symmetric int8 of a layer's input (..., I) with one float32 scale per token (dynamic quantisation)."""
+    quantised = quantise_int8_rows(activation, None, torch.float32)
+    return Quantised(quantised.values.to(torch.int8), quantised.scale)
+
+
+@torch.no_grad()
+def int8_symmetric_per_token(activation: Tensor) -> Tensor:
+    """Round trip of `encode_int8_rows`, (..., I)."""
+    return restore_symmetric(encode_int8_rows(activation), activation.dtype)
+
+
+@torch.no_grad()
+def linear_int8_int8(inputs: Quantised, weight: Quantised, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The product of `Int8Tensor` with dynamic int8 activations: whole sums, rounded to the dtype twice.
+
+    The sum times the token's scale is rounded once; that times the row's float32 scale, plus the bias, once more.
+    """
+    summed = integer_product(inputs.values.reshape(-1, inputs.values.shape[-1]), weight.values)
+    output = (summed * inputs.scale.reshape(-1, 1)).to(dtype) * weight.scale.flatten()
+    output = (output if bias is None else output + bias).to(dtype)
+    return output.reshape(*inputs.values.shape[:-1], output.shape[-1])
+
+
+def integer_product(left: Tensor, right: Tensor) -> Tensor:
+    """(N, I) x (O, I) -> (N, O): the exact sum of int8 products, as the float32 nearest to it."""
+    width = left.shape[-1]
+    if left.is_cuda and width % 8 == 0 and right.shape[0] % 8 == 0 and width > 0:
+        rows = torch.nn.functional.pad(left, (0, 0, 0, max(0, 32 - left.shape[0])))  # the kernel wants more than 16
+        return torch._int_mm(rows, right.to(torch.int8).t())[: left.shape[0]].float()
+    # float32 holds every partial sum of 1,024 products of int8. Not torch's int8 kernel: without VNNI it saturates.
+    exact = torch.float32 if width <= 1024 else torch.float64
+    return (left.to(exact) @ right.to(exact).t()).float()
 
 
 # ---------------------------------------------------------------------- tinygemm's int4
@@ -200,11 +244,11 @@ def span_tinygemm(quantised: Quantised) -> tuple[Tensor, Tensor, Tensor]:
 # ---------------------------------------------------------------------- the formats
 
 
-def symmetric(bits: int, *, int8_activations: bool = False) -> Numbers:
+def symmetric(bits: int, *, int8_activations: bool = False, bf16_scales: bool = False) -> Numbers:
     """Integers of `bits` with a scale per group (torchao's Intx formats), on 16-bit or int8 activations."""
     low, high = symmetric_range(bits)
     return Numbers(
-        quantise=partial(quantise_symmetric, bits=bits),
+        quantise=partial(quantise_symmetric, bits=bits, bf16_scales=bf16_scales),
         restore=restore_symmetric,
         span=partial(span_symmetric, low=low - 0.5, high=high + 0.5),
         activation=int8_asymmetric_per_token if int8_activations else None,
@@ -213,13 +257,21 @@ def symmetric(bits: int, *, int8_activations: bool = False) -> Numbers:
 
 
 INT8_INT4 = symmetric(4, int8_activations=True)
-INT2, INT3, INT4, INT8 = (symmetric(bits) for bits in (2, 3, 4, 8))
+INT8_INT4_XNNPACK = symmetric(4, int8_activations=True, bf16_scales=True)  # which casts the scales to bf16
+INT2, INT3, INT4, INT5, INT6, INT7, INT8 = (symmetric(bits) for bits in range(2, 9))
 INT8_ROWS = Numbers(
     quantise=quantise_int8_rows,
     restore=restore_symmetric,
     span=partial(span_symmetric, low=-128.5, high=127.5),
     linear=linear_int8_rows,
     nearest=nearest_int8_rows,
+)
+INT8_INT8 = replace(
+    INT8_ROWS,
+    activation=int8_symmetric_per_token,
+    encode=encode_int8_rows,
+    decode=restore_symmetric,
+    linear=linear_int8_int8,
 )
 TINYGEMM = Numbers(
     quantise=quantise_tinygemm, restore=restore_tinygemm, span=span_tinygemm, bias_after=True, nearest=nearest_tinygemm

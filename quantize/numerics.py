@@ -1,7 +1,8 @@
 """What the numbers of a format are: how a weight and an input are rounded, and what the layer multiplies.
 
 Training runs these functions as fake quantisers, conversion stores their integers and scales, and tests show that they
-equal torchao's real tensors to the bit. The formats themselves are in `quantize.integers` and `quantize.float8`.
+equal torchao's real tensors to the bit. The formats themselves are in `quantize.integers`, `quantize.float8` and
+`quantize.microscaling`.
 
 Shapes: `O` out_features, `I` in_features, `G` groups (I / group size).
 
@@ -29,11 +30,13 @@ class Quantised:
         values: (O, I) the grid's points: integers in any dtype, or float8.
         scale: (O, G), as it ships.
         zero: (O, G) what the integer 8 of an asymmetric grid stands for, as it ships; None where it is symmetric.
+        tensor_scale: () float32, multiplies `scale`; None where the format has no scale of the whole tensor.
     """
 
     values: Tensor
     scale: Tensor
     zero: Tensor | None = None
+    tensor_scale: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,7 @@ class Numbers:
         activation: round trip of the layer's input (..., I); None where activations stay in 16 bit.
         encode: input (..., I) -> its grid's points and scale (..., 1), for layers that multiply the points themselves;
             `activation` is then the same round trip, restored.
+        decode: (what `encode` made, dtype) -> input (..., I), restored.
         linear: (input (..., I), or what `encode` made of it; quantised; bias or None; dtype) -> (..., O) in that dtype,
             for layers that do not compute `linear(activation(x), restore(w), bias)`: those that multiply by the scales
             after the sum.
@@ -61,6 +65,7 @@ class Numbers:
     span: Callable[[Quantised], tuple[Tensor, Tensor, Tensor]]
     activation: Callable[[Tensor], Tensor] | None = None
     encode: Callable[[Tensor], Quantised] | None = None
+    decode: Callable[[Quantised, torch.dtype], Tensor] | None = None
     linear: Callable[[Any, Quantised, Tensor | None, torch.dtype], Tensor] | None = None
     bias_after: bool = False
     nearest: Callable[[Tensor, Quantised], Tensor]
@@ -87,7 +92,8 @@ class Numbers:
 
 def grouped_by(weight: Tensor, group_size: int | None) -> Tensor:
     """(O, I) -> (O, G, group size)."""
-    return weight.reshape(*weight.shape[:-1], -1, group_size or weight.shape[-1])
+    size = group_size or weight.shape[-1]
+    return weight.reshape(*weight.shape[:-1], weight.shape[-1] // size, size)
 
 
 def span_symmetric(quantised: Quantised, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,265 +1,65 @@
 """THE place to add a format: each entry of `SCHEMES` is one numeric format, from fake quantisation to the checkpoint.
 
-Imports no torch at module level, so that `train --help` stays quick: round trips and torchao configs are called late.
+What an entry is made of is in `quantize.formats`; the layouts of torchao that its targets take are in
+`quantize.layouts`. Imports no torch at module level, so that `train --help` stays quick.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from importlib import import_module
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
 
 from quantize.errors import UserError
-from quantize.speed import Speed, on_cpu, on_gpu
+from quantize.formats import Scheme, Target
+from quantize.layouts import (
+    INTX_GROUPS,
+    fp8,
+    fp8_int4,
+    int4,
+    int8_int4_targets,
+    int8_int8,
+    int8_rows,
+    intx,
+    intx_targets,
+    mx_targets,
+    named,
+    nvfp4_targets,
+)
+from quantize.speed import on_cpu, on_gpu
 
-if TYPE_CHECKING:
-    import torch
-    from torchao.core.config import AOBaseConfig
-
-    from quantize.numerics import Numbers, Quantised
-
-
-def _numbers(module: str, name: str) -> Callable[[], Numbers]:
-    """The numbers of that name in `quantize.<module>`, imported when they are called for."""
-
-    def load() -> Numbers:
-        found: Numbers = getattr(import_module(f"quantize.{module}"), name)
-        return found
-
-    return load
-
-
-def _tensor(name: str, **options: Any) -> Callable[[Quantised, torch.dtype], Any]:
-    """The function of that name in `quantize.tensors`, imported when it is called."""
-
-    def build(quantised: Quantised, dtype: torch.dtype) -> Any:
-        return getattr(import_module("quantize.tensors"), name)(quantised, dtype, **options)
-
-    return build
-
-
-def _int8_int4_config(group_size: int | None) -> AOBaseConfig:
-    import torch
-    from torchao.quantization import Int8DynamicActivationIntxWeightConfig
-    from torchao.quantization.granularity import PerGroup
-
-    return Int8DynamicActivationIntxWeightConfig(
-        weight_dtype=torch.int4,  # type: ignore[attr-defined]
-        weight_granularity=PerGroup(group_size or 32),
-    )
-
-
-def _int8_config(group_size: int | None) -> AOBaseConfig:
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return Int8WeightOnlyConfig()
-
-
-def _int4_config(layout: str) -> Callable[[int | None], AOBaseConfig]:
-    def config(group_size: int | None) -> AOBaseConfig:
-        from torchao.quantization import Int4WeightOnlyConfig
-
-        # No HQQ: after QAT it would choose other numbers than those that were trained.
-        return Int4WeightOnlyConfig(group_size=group_size or 128, int4_packing_format=layout)
-
-    return config
-
-
-def _fp8_int4_config(group_size: int | None) -> AOBaseConfig:
-    from torchao.quantization import Float8DynamicActivationInt4WeightConfig
-
-    # Not preshuffled: safetensors cannot hold that layout.
-    return Float8DynamicActivationInt4WeightConfig(int4_packing_format="plain")
-
-
-def _intx_target(bits: int, name: str, **options: Any) -> Target:
-    """Intx of `bits`, weights only: integers in int8 containers, multiplied in 16 bit after they are restored."""
-
-    def config(group_size: int | None) -> AOBaseConfig:
-        import torch
-        from torchao.quantization import IntxWeightOnlyConfig
-        from torchao.quantization.granularity import PerAxis, PerGroup
-
-        granularity = PerAxis(0) if group_size is None else PerGroup(group_size)
-        return IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=granularity)
-
-    numbers, tensor = _numbers("integers", f"INT{bits}"), _tensor("intx_tensor", bits=bits)
-    return Target(name=name, config=config, numbers=numbers, tensor=tensor, **options)
-
-
-def _fp8_target(name: str, numbers: str, kernel: str, **options: Any) -> Target:
-    """float8 per row on one of torchao's kernels, which also decides how the scales are rounded."""
-
-    def config(group_size: int | None) -> AOBaseConfig:
-        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
-        from torchao.quantization.quantize_.common import KernelPreference
-
-        # Never AUTO, which takes other numbers where mslk is installed.
-        return Float8DynamicActivationFloat8WeightConfig(
-            granularity=PerRow(), kernel_preference=KernelPreference[kernel]
-        )
-
-    return Target(
-        name=name,
-        config=config,
-        numbers=_numbers("float8", numbers),
-        tensor=_tensor("float8_tensor", kernel=kernel),
-        dtype="bfloat16",
-        multiple=16,
-        **options,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """One place the weights can run, their layout there, and the numbers of that layout."""
-
-    name: str
-    """What users type: "cpu", "cuda", "cuda-sm80"."""
-    config: Callable[[int | None], AOBaseConfig]
-    """Group size -> torchao config that names this layout in config.json."""
-    numbers: Callable[[], Numbers]
-    """The numbers of this layout, called late. Two targets of a scheme may differ in them."""
-    tensor: Callable[[Quantised, torch.dtype], Any]
-    """A weight on its grid -> torchao's tensor of this layout."""
-    needs: tuple[str, ...] = ()
-    """What the machine must have, checked by `quantize.hardware`: "cuda>=8.9"."""
-    dtype: str | None = None
-    """The dtype that the layer computes in; None = any."""
-    by_request: bool = False
-    """Taken only where `quantize.target` names it."""
-    multiple: int = 1
-    """in_features and out_features must be multiples of it."""
-    group_sizes: tuple[int, ...] = ()
-    """The group sizes that its kernel computes rightly; empty = the scheme's."""
-    max_output_error: float = 0.0
-    """Largest |real - simulated| / |real| of a layer's outputs (Euclidean norms); 0 = equal to the last bit."""
-    max_gap_nats: float = 0.0
-    """Largest |trained - shipped| loss in nats a token; 0 = equal to the last bit."""
-    stored_bits: float | None = None
-    """Bits that a quantised weight takes in the file, without scales; None = the scheme's own."""
-    speed: Speed | None = None
-    """None = not measured."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scheme:
-    """One numeric format, from fake quantisation to export."""
-
-    name: str
-    """What users type: "int8-int4"."""
-    summary: str
-    """One line for --help and the docs table."""
-    bits: float
-    """Nominal bits a quantised weight, without scales."""
-    targets: Mapping[str, Target]
-    """Where it can run; the first is taken where a machine can run none of them."""
-    group_size: int | None
-    """Weights per scale along in_features by default; None = one scale per output row."""
-    group_sizes: tuple[int, ...] = ()
-    """The group sizes that may be asked for; empty = not adjustable."""
-    embedding: Target | None = None
-    """Quantises the (untied) input embedding too, in this layout."""
-    embedding_bits: float = 8
-    """Nominal bits a weight of the embedding, where it is quantised."""
-    skip: tuple[str, ...] = ("lm_head",)
-    """Last parts of module names that keep 16 bit."""
-
-    def offered_group_sizes(self, target: Target | None = None) -> tuple[int, ...]:
-        """The group sizes that may be asked for, at `target` where its kernel takes fewer; empty = not adjustable."""
-        return (target.group_sizes if target is not None else ()) or self.group_sizes
-
-    def pick_group_size(self, asked: int | None, target: Target | None = None) -> int | None:
-        """The group size to use. Raises UserError where this scheme, or its kernel at `target`, does not offer it."""
-        size = self.group_size if asked is None else asked
-        limited = target is not None and target.group_sizes
-        offered = self.offered_group_sizes(target)
-        if asked is None and not limited:
-            return size
-        if size not in offered:
-            names = ", ".join(map(str, offered)) or "none: it has one scale per output row"
-            where = f" for {target.name}" if limited and target is not None else ""
-            raise UserError(f"quantize.group_size={size} is not offered by {self.name}{where}; it offers {names}")
-        return size
-
-    def find_target(self, name: str) -> Target:
-        """The target of that name. Raises UserError with this scheme's targets."""
-        if name not in self.targets:
-            raise UserError(f"quantize.target={name} is unknown for {self.name}; choose from {', '.join(self.targets)}")
-        return self.targets[name]
-
-    def eligible(self, asked: str | None) -> list[Target]:
-        """The targets that may be taken: the one that is asked for, else all that need no asking.
-
-        Raises:
-            UserError: `asked` is no target of this scheme.
-        """
-        if asked is not None:
-            return [self.find_target(asked)]
-        return [target for target in self.targets.values() if not target.by_request]
-
-
-def _named(*targets: Target) -> Mapping[str, Target]:
-    return MappingProxyType({target.name: target for target in targets})
-
-
-def _cpu_and_cuda(
-    config: Callable[[int | None], AOBaseConfig],
-    numbers: Callable[[], Numbers],
-    tensor: Callable[[Quantised, torch.dtype], Any],
-    cpu: Speed,
-    cuda: Speed,
-) -> Mapping[str, Target]:
-    # torchao's Intx and int8 tensors hold every integer in a byte.
-    common: dict[str, Any] = {"config": config, "numbers": numbers, "tensor": tensor, "stored_bits": 8.0}
-    return _named(
-        Target(name="cpu", speed=cpu, **common),
-        Target(name="cuda", needs=("cuda>=7.0",), speed=cuda, **common),
-    )
-
-
-def _int8_int4_targets(cpu: Speed, cuda: Speed) -> Mapping[str, Target]:
-    # torchao stores and computes both alike: the same numbers on either device.
-    numbers, tensor = _numbers("integers", "INT8_INT4"), _tensor("intx_tensor", bits=4, int8_activations=True)
-    return _cpu_and_cuda(_int8_int4_config, numbers, tensor, cpu, cuda)
-
-
-_GROUPS = (32, 64, 128, 256)
+__all__ = ["SCHEMES", "Scheme", "Target", "find_scheme"]
 
 _ALL = (
     Scheme(
         name="int8-int4",
         summary="int8 dynamic activations (per token), int4 weights (per group): phones and CPUs",
         bits=4,
-        targets=_int8_int4_targets(on_cpu(0.27, 0.54), on_gpu(0.47, 0.47, 0.51, 0.58, 32, prefill=0.90)),
+        targets=int8_int4_targets(on_cpu(0.27, 0.54), on_gpu(0.47, 0.47, 0.51, 0.58, 32, prefill=0.90)),
         group_size=32,
-        group_sizes=_GROUPS,
+        group_sizes=INTX_GROUPS,
     ),
     Scheme(
         name="int8-int4-mobile",
         summary="int8-int4, with lm_head in int4 and the untied embedding in int8: the mobile releases' recipe",
         bits=4,
-        targets=_int8_int4_targets(on_cpu(0.09, 0.17), on_gpu(0.28, 0.29, 0.32, 0.39, 32, prefill=0.85)),
+        targets=int8_int4_targets(on_cpu(0.09, 0.17), on_gpu(0.28, 0.29, 0.32, 0.39, 32, prefill=0.85)),
         group_size=32,
-        group_sizes=_GROUPS,
-        embedding=_intx_target(8, "embedding"),
+        group_sizes=INTX_GROUPS,
+        embedding=intx(8, "embedding"),
         skip=(),
     ),
     Scheme(
         name="int4",
         summary="int4 weights only (per group; tinygemm's tile-packed layout on CUDA): A100 and newer, small batches",
         bits=4,
-        targets=_named(
-            Target(
-                name="cuda-sm80",
-                config=_int4_config("tile_packed_to_4d"),
-                numbers=_numbers("integers", "TINYGEMM"),
-                tensor=_tensor("tile_packed_tensor"),
+        targets=named(
+            int4(
+                "cuda-sm80",
+                "tile_packed_to_4d",
+                "TINYGEMM",
+                "tile_packed_tensor",
                 needs=("cuda>=8.0",),
-                dtype="bfloat16",
                 max_output_error=0.0005,  # equal weights, summed in another order: measured 0.0002
                 # Measured: 0.0001 to 0.0009 over 2,400 samples, 0.006 over 64 (docs/RESULTS.md): a last bit here and
                 # there is noise whose mean shrinks with the samples, and a run may have few.
@@ -267,21 +67,20 @@ _ALL = (
                 speed=on_gpu(1.90, 1.13, 0.25, 0.09, 128, prefill=0.05),
             ),
             # The others are asked for by name: --qat int4 on a laptop is meant for a server, and without mslk at that.
-            Target(
-                name="cuda-sm90-mslk",
-                config=_int4_config("plain"),
-                numbers=_numbers("integers", "INT4_MSLK"),
-                tensor=_tensor("int4_plain_tensor"),
+            int4(
+                "cuda-sm90-mslk",
+                "plain",
+                "INT4_MSLK",
+                "int4_plain_tensor",
                 needs=("cuda>=9.0", "mslk"),
-                dtype="bfloat16",
                 by_request=True,
                 group_sizes=(64, 128, 256),  # with groups of 32 mslk 1.1.0 computes something else, silently: 48% off
                 max_output_error=0.0005,
                 max_gap_nats=0.01,
                 speed=on_gpu(0.95, 0.94, 0.92, 0.85, 128, prefill=0.93),
             ),
-            _intx_target(4, "cpu", by_request=True, speed=on_cpu(0.31, 0.33, 128)),
-            _intx_target(
+            intx(4, "cpu", by_request=True, speed=on_cpu(0.31, 0.33, 128)),
+            intx(
                 4,
                 "cuda",
                 by_request=True,
@@ -290,20 +89,25 @@ _ALL = (
             ),
         ),
         group_size=128,
-        group_sizes=_GROUPS,
+        group_sizes=INTX_GROUPS,
+        left_out={
+            "PRESHUFFLED (mslk)": "torchao's safetensors cannot hold Int4PreshuffledTensor, so no checkpoint "
+            "of it could be loaded; cuda-sm90-mslk has the same numbers in the PLAIN layout"
+        },
     ),
     *(
         Scheme(
             name=f"int{bits}",
             summary=f"int{bits} weights only (per group, Intx): {what}",
             bits=bits,
-            targets=_named(
-                _intx_target(bits, "cpu", speed=cpu), _intx_target(bits, "cuda", needs=("cuda>=7.0",), speed=cuda)
-            ),
+            targets=intx_targets(bits, cpu, cuda),
             group_size=32,
-            group_sizes=_GROUPS,
+            group_sizes=INTX_GROUPS,
         )
         for bits, what, cpu, cuda in (
+            (7, "between 6 bits and 8", None, None),
+            (6, "between 4 bits and 8", None, None),
+            (5, "where 4 bits are too few", None, None),
             (
                 3,
                 "small models where 4 bits are too many",
@@ -322,13 +126,42 @@ _ALL = (
         name="int8",
         summary="int8 weights only (per row): nearly free of loss, half the memory of 16 bit, slower in torch",
         bits=8,
-        targets=_cpu_and_cuda(
-            _int8_config,
-            _numbers("integers", "INT8_ROWS"),
-            _tensor("int8_tensor"),
-            on_cpu(0.94, 0.61, None),
+        targets=named(
+            int8_rows("cpu", speed=on_cpu(0.94, 0.61, None)),
             # torch.compile makes something far slower of this layer (docs/RESULTS.md).
-            on_gpu(0.24, 0.23, 0.25, 0.31, None, prefill=0.60, compiled=False),
+            int8_rows(
+                "cuda",
+                needs=("cuda>=7.0",),
+                speed=on_gpu(0.24, 0.23, 0.25, 0.31, None, prefill=0.60, compiled=False),
+            ),
+            # As many bits in another layout: not a scheme of its own, as whoever asks for int8 wants rows.
+            intx(
+                8,
+                "cpu-intx",
+                by_request=True,
+                group_sizes=INTX_GROUPS,
+                note="a scale per group of 32 or more in place of one a row",
+            ),
+            intx(
+                8,
+                "cuda-intx",
+                by_request=True,
+                needs=("cuda>=7.0",),
+                group_sizes=INTX_GROUPS,
+                note="a scale per group of 32 or more in place of one a row",
+            ),
+        ),
+        group_size=None,
+    ),
+    Scheme(
+        name="int8-int8",
+        summary="int8 dynamic activations (per token), int8 weights (per row): integer kernels of CPUs and GPUs",
+        bits=8,
+        targets=named(
+            int8_int8(
+                "cpu", note="torch's int8 kernel saturates on x86 without VNNI: other numbers there than were trained"
+            ),
+            int8_int8("cuda", needs=("cuda>=7.5",)),
         ),
         group_size=None,
     ),
@@ -336,9 +169,9 @@ _ALL = (
         name="fp8",
         summary="float8 dynamic activations and weights (per row): Ada, Hopper and newer",
         bits=8,
-        targets=_named(
+        targets=named(
             # On a GPU that has it, training multiplies with the shipped kernel itself: equal bits for equal shapes.
-            _fp8_target(
+            fp8(
                 "cuda-sm89",
                 "FP8",
                 "TORCH",
@@ -346,7 +179,7 @@ _ALL = (
                 speed=on_gpu(1.14, 1.13, 1.12, 1.13, None, prefill=1.52),
             ),
             # Faster, with numbers of its own.
-            _fp8_target(
+            fp8(
                 "cuda-sm90-mslk",
                 "FP8_MSLK",
                 "MSLK",
@@ -361,14 +194,10 @@ _ALL = (
         name="fp8-int4",
         summary="float8 dynamic activations, int4 weights (per group of 128): Hopper with mslk-cuda",
         bits=4,
-        targets=_named(
-            Target(
-                name="cuda-sm90-mslk",
-                config=_fp8_int4_config,
-                numbers=_numbers("float8", "FP8_INT4"),
-                tensor=_tensor("int4_plain_tensor", float8_activations=True),
+        targets=named(
+            fp8_int4(
+                "cuda-sm90-mslk",
                 needs=("cuda>=9.0", "mslk"),
-                dtype="bfloat16",
                 # The kernel keeps fewer bits of its running sum than float32 has; measured: 0.003.
                 max_output_error=0.004,
                 max_gap_nats=0.03,
@@ -377,6 +206,30 @@ _ALL = (
         ),
         group_size=128,
         group_sizes=(128,),
+    ),
+    Scheme(
+        name="mxfp8",
+        summary="MXFP8 dynamic activations and weights (blocks of 32): Blackwell",
+        bits=8,
+        targets=mx_targets(8),
+        group_size=32,
+        group_sizes=(32,),
+    ),
+    Scheme(
+        name="mxfp4",
+        summary="MXFP4 dynamic activations and weights (blocks of 32): Blackwell",
+        bits=4,
+        targets=mx_targets(4),
+        group_size=32,
+        group_sizes=(32,),
+    ),
+    Scheme(
+        name="nvfp4",
+        summary="NVFP4 dynamic activations and weights (blocks of 16 under one scale of the tensor): Blackwell",
+        bits=4,
+        targets=nvfp4_targets(),
+        group_size=16,
+        group_sizes=(16,),
     ),
 )
 

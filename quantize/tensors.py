@@ -27,9 +27,10 @@ def intx_tensor(quantised: Quantised, dtype: torch.dtype, *, bits: int, int8_act
     )
 
 
-def int8_tensor(quantised: Quantised, dtype: torch.dtype) -> Any:
-    """`Int8Tensor`, weight only, one scale a row."""
-    from torchao.quantization import Int8Tensor
+def int8_tensor(quantised: Quantised, dtype: torch.dtype, *, int8_activations: bool = False) -> Any:
+    """`Int8Tensor`, one scale a row; with dynamic int8 activations per token, or weight only."""
+    from torchao.quantization import Int8Tensor, PerRow
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 
     return Int8Tensor(
         quantised.values.to(torch.int8),
@@ -37,6 +38,7 @@ def int8_tensor(quantised: Quantised, dtype: torch.dtype) -> Any:
         [1, quantised.values.shape[-1]],
         dtype,
         zero_point=torch.zeros_like(quantised.scale, dtype=torch.int8),
+        act_quant_kwargs=QuantizeTensorToInt8Kwargs(granularity=PerRow()) if int8_activations else None,
     )
 
 
@@ -112,3 +114,65 @@ def int4_plain_tensor(quantised: Quantised, dtype: torch.dtype, *, float8_activa
         values.shape,
         activation_dtype=torch.float8_e4m3fn if float8_activations else dtype,
     )
+
+
+def nvfp4_tensor(quantised: Quantised, dtype: torch.dtype, *, fp4_activations: bool = False) -> Any:
+    """`NVFP4Tensor`: two weights a byte, block scales in the tensor cores' order.
+
+    Args:
+        fp4_activations: round the inputs to NVFP4 too, with torch's operations; else weight only.
+    """
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, QuantizeTensorToNVFP4Kwargs
+
+    activations = QuantizeTensorToNVFP4Kwargs(is_swizzled_scales=True, use_dynamic_per_tensor_scale=True)
+    return NVFP4Tensor(
+        _packed_fp4(quantised.values),
+        _blocked(quantised.scale.to(torch.float8_e4m3fn)),
+        16,
+        dtype,
+        quantised.tensor_scale,
+        is_swizzled_scales=True,
+        act_quant_kwargs=activations if fp4_activations else None,
+    )
+
+
+def mx_tensor(quantised: Quantised, dtype: torch.dtype, *, bits: int, kernel: str) -> Any:
+    """`MXTensor` with dynamic activations of the same format, scales in the tensor cores' order.
+
+    Args:
+        kernel: name of torchao's KernelPreference: AUTO is Blackwell's, EMULATED restores both and multiplies.
+    """
+    from torchao.prototype.mx_formats.config import ScaleCalculationMode
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor, QuantizeTensorToMXKwargs
+    from torchao.quantization.quantize_.common import KernelPreference
+
+    element = torch.float8_e4m3fn if bits == 8 else torch.float4_e2m1fn_x2
+    preference = KernelPreference[kernel]
+    activations = QuantizeTensorToMXKwargs(
+        elem_dtype=element,
+        block_size=32,
+        scaling_mode=ScaleCalculationMode.RCEIL,
+        kernel_preference=preference,
+        is_swizzled_scales=True,
+    )
+    values = quantised.values if bits == 8 else _packed_fp4(quantised.values)
+    scale = _blocked(quantised.scale.to(torch.float8_e8m0fnu))
+    return MXTensor(values, scale, element, 32, dtype, preference, activations, True)
+
+
+def _packed_fp4(values: torch.Tensor) -> torch.Tensor:
+    """(O, I) of e2m1 numbers -> (O, I / 2) bytes, the even column in the low half."""
+    size = values.float().abs()
+    below = torch.tensor([0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=size.device)
+    code = torch.bucketize(size, below, right=True).to(torch.uint8)  # how many of the seven it reaches
+    code = code | (values.view(torch.uint8) >> 7 << 3)  # the sign, of zero too
+    return (code[:, ::2] | code[:, 1::2] << 4).contiguous()
+
+
+def _blocked(scale: torch.Tensor) -> torch.Tensor:
+    """(O, G) scales of 8 bits as the tensor cores read them: tiles of 128 x 4, padded, each as 32 x 16."""
+    from torchao.prototype.mx_formats.utils import to_blocked
+
+    rows, columns = (-(-size // step) for size, step in zip(scale.shape, (128, 4), strict=True))
+    blocked: torch.Tensor = to_blocked(scale).view(rows * 32, columns * 16)
+    return blocked

@@ -92,6 +92,6 @@ def assert_same_parts(ours: Any, theirs: Any) -> None:
 
 def same_bits(ours: Tensor, theirs: Tensor) -> bool:
     """Equal to the last bit; float8 is compared as bytes, so that NaN and the sign of zero count too."""
-    if ours.dtype == torch.float8_e4m3fn:
+    if ours.dtype in (torch.float8_e4m3fn, torch.float8_e8m0fnu):
         return torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
     return torch.equal(ours, theirs)

@@ -88,7 +88,10 @@ class Path:
 
     def restored_inputs(self, inputs: Tensor | Quantised, compute: torch.dtype) -> Tensor:
         """What `inputs` gave, restored (..., I) for the gradients."""
-        return inputs if isinstance(inputs, Tensor) else float8.restore_fp8(inputs, compute)
+        if isinstance(inputs, Tensor):
+            return inputs
+        assert self.numbers.decode is not None
+        return self.numbers.decode(inputs, compute)
 
     def product(self, inputs: Any, weight: Any, bias: Tensor | None, compute: torch.dtype) -> Tensor:
         """(..., O): the shipped layer's output."""

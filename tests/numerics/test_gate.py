@@ -89,7 +89,8 @@ def test_a_gap_that_is_no_number_does_not_pass() -> None:
 def test_exact_targets_have_no_tolerance_and_the_others_a_small_one() -> None:
     for name, scheme in SCHEMES.items():
         for target in scheme.targets.values():
-            if target.name in ("cpu", "cuda") or name == "fp8":  # fp8 trains with the shipped kernel itself
+            anywhere = target.name in ("cpu", "cuda", "cpu-intx", "cuda-intx", "executorch")
+            if anywhere or name == "fp8":  # fp8 trains with the shipped kernel itself
                 assert target.max_gap_nats == target.max_output_error == 0, name
             else:
                 assert 0 < target.max_gap_nats <= 0.03, (name, target.name)

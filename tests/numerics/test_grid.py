@@ -108,6 +108,8 @@ def test_the_grid_survives_the_disk(scheme: str, tmp_path: Path) -> None:
         assert torch.equal(stored.scale, quantised.scale) and stored.scale.dtype == quantised.scale.dtype
         assert (stored.zero is None) == (quantised.zero is None)
         assert quantised.zero is None or torch.equal(stored.zero, quantised.zero)
+        assert (stored.tensor_scale is None) == (quantised.tensor_scale is None)
+        assert quantised.tensor_scale is None or torch.equal(stored.tensor_scale, quantised.tensor_scale)
         numbers = prepared.layers[name][1].numbers
         assert torch.equal(numbers.restore(stored, torch.bfloat16), numbers.restore(quantised, torch.bfloat16))
 
@@ -164,7 +166,8 @@ def test_a_resized_vocabulary_ships_its_trained_copies(scheme: str, tied: bool, 
 @pytest.mark.parametrize(("scheme", "target"), [(n, t) for n, t in EVERY_TARGET if SCHEMES[n].targets[t].dtype])
 def test_a_simulation_in_float32_rounds_to_the_numbers_that_ship_in_bf16(scheme: str, target: str) -> None:
     """A CPU holds a bf16 target's weights in float32; without a grid they are what converting in bf16 gives."""
-    where, group = SCHEMES[scheme].targets[target], 64 if 64 in SCHEMES[scheme].group_sizes else 128
+    where = SCHEMES[scheme].targets[target]
+    group = SCHEMES[scheme].pick_group_size(64 if 64 in SCHEMES[scheme].group_sizes else None, where)
     layer = nn.Linear(256, 48, bias=False)
     layer.weight.data = torch.randn(48, 256, generator=torch.Generator().manual_seed(3)).bfloat16().float()
     twin = nn.Linear(256, 48, bias=False, dtype=torch.bfloat16)
