@@ -16,28 +16,29 @@ _LONGEST = 512
 """Tokens of a sample; a longer text gives several."""
 
 
-def load_samples(path: Path, tokenizer: Any, count: int) -> list[Sample]:
+def load_samples(path: Path, tokenizer: Any, count: int, option: str = "--data") -> list[Sample]:
     """The first `count` samples of a file.
 
     Args:
         path: .parquet with input_ids and loss_mask, as a run's data/eval.parquet; .jsonl with a column text, messages,
             or prompt and completion; or .txt. The last two of .jsonl are put into the tokenizer's chat template, where
             it has one, and only the last answer is scored; of a text every token is.
+        option: what named the file, for errors.
 
     Raises:
         UserError: the file cannot be read as any of these, or holds no sample.
     """
     if not path.is_file():
-        raise UserError(f"--data {path}: there is no such file")
+        raise UserError(f"{option} {path}: there is no such file")
     try:
         if path.suffix == ".parquet":
             samples = [sample for sample in read_samples(path) if any(sample.loss_mask[1:])][:count]
         else:
             samples = _first(_tokenised(path, tokenizer), count)
     except (ValueError, KeyError, TypeError, OSError, TemplateError) as error:
-        raise UserError(f"--data {path}: {error}") from error
+        raise UserError(f"{option} {path}: {error}") from error
     if not samples:
-        raise UserError(f"--data {path}: it holds no sample of two tokens or more")
+        raise UserError(f"{option} {path}: it holds no sample of two tokens or more")
     return samples
 
 
