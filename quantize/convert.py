@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import sys
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from quantize.algorithms.choose import check_fit
+from quantize.algorithms.rounding import pick_rounding
+from quantize.calibrate import Recipe, choose_by
 from quantize.errors import UserError
-from quantize.grid import quantised_weights
+from quantize.grid import GridFile, load_grid, quantised_weights
 from quantize.layers import Coverage, embedding_name, select_layers, untie
 from quantize.numerics import Quantised
+from quantize.record import write_record
+from quantize.release.base_model import find_base
 from quantize.schemes import Scheme, Target
+from quantize.sources import check_source
+from quantize.storage import SHARD_SIZE, replacing, save_model
+from quantize.stream import plan, stream, why_not
+from quantize.tensor_files import read_folder
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "*.model")
 
@@ -41,13 +50,15 @@ def load_plain(
     return model.eval()  # type: ignore[no-any-return]
 
 
-def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
-    """The model's modules without its weights (meta device)."""
+def inspect_model(folder: Path, *, trust_remote_code: bool = False, dtype: str | None = None) -> nn.Module:
+    """The model's modules without its weights (meta device), in `dtype` or in that of its config.json."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_config(  # type: ignore[no-any-return]
+            config, trust_remote_code=trust_remote_code, **({"dtype": getattr(torch, dtype)} if dtype else {})
+        )
 
 
 def torchao_config(
@@ -89,8 +100,17 @@ def convert_checkpoint(
     device: str,
     trust_remote_code: bool = False,
     grid: Path | None = None,
+    recipe: Recipe = Recipe(),  # noqa: B008  frozen
+    named: str | None = None,
+    revision: str | None = None,
+    max_shard_size: int | str = SHARD_SIZE,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Coverage:
-    """Quantises the 16-bit checkpoint `source` for `target` and writes `output`, atomically.
+    """Quantises the 16-bit checkpoint `source` for `target` and writes `output`, atomically, with its record.
+
+    The weights go from file to file, a piece of a layer at a time, where the checkpoint's tensors are the model's;
+    where transformers renames, joins or splits them (or runs the checkpoint's own code), and for algorithms that must
+    see the whole model, it is loaded whole.
 
     Args:
         source: transformers checkpoint in safetensors.
@@ -99,27 +119,77 @@ def convert_checkpoint(
         dtype: dtype of the weights that stay unquantised, and of the scales ("float32", "bfloat16").
         device: where to convert; CUDA layouts need CUDA.
         trust_remote_code: run the checkpoint's own model code.
-        grid: folder of the weights as they were trained (`quantize.grid`); None rounds `source` to nearest.
+        grid: folder of the weights as they were trained (`quantize.grid`); None rounds `source`.
+        recipe: what chooses the numbers; with a grid they are chosen already.
+        named: how the user named `source`, for ongrid.json (`quantize.record`). revision: that of a hub id.
+        max_shard_size: bytes ("5GB") of a file.
+        progress: called with (tensors done, all).
 
     Raises:
-        UserError: the scheme reaches no layer of this model.
+        UserError: the scheme reaches no layer of this model, the source is no whole checkpoint of a causal language
+            model in 16 or 32 bit, or the disk is full.
     """
-    from quantize.grid import load_grid
-
-    model: Any = load_plain(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    coverage = select_layers(model, scheme, group_size, target, skip)
+    check_source(source, trust_remote_code=trust_remote_code)
+    check_fit(recipe.algorithms, scheme, target)
+    if grid is not None and recipe.algorithms:
+        raise UserError(
+            f"{', '.join(recipe.algorithms)}: these weights were trained on their grid, and choosing other numbers "
+            "would throw the training away; leave the algorithms out"
+        )
+    outline = inspect_model(source, trust_remote_code=trust_remote_code, dtype=dtype)
+    coverage = select_layers(outline, scheme, group_size, target, skip)
     if not coverage.layers:
         reasons = "; ".join(sorted(set(coverage.skipped.values())))
-        raise UserError(f"{scheme.name} reaches no layer of {source}: {reasons}")
-    quantise_(model, scheme, target, group_size, coverage, load_grid(grid, device) if grid else None)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    copy_companions(source, partial)
-    sync_folder(partial)
-    shutil.rmtree(output, ignore_errors=True)
-    partial.rename(output)
+        raise UserError(f"{scheme.name} reaches no layer of {source}: {reasons or 'it has no linear layer'}")
+    about: dict[str, Any] = {
+        "source": named or str(source), "revision": revision, "scheme": scheme.name, "target": target.name,
+        "group_size": group_size, "skip": list(skip), "dtype": dtype, "algorithms": list(recipe.algorithms),
+        "calibration": None, "notes": [], "coverage": coverage.as_dict(),
+        "license": dict(find_base(str(source)).license) or None,
+    }  # fmt: skip
+    places, _ = read_folder(source)
+    why = None if recipe.loads_model else why_not(outline, places, getattr(torch, dtype))
+    with replacing(output) as partial:
+        if why or recipe.loads_model:
+            if why:
+                print(f"loading the whole model: {why}", file=sys.stderr)
+            model: Any = load_plain(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+            numbers = load_grid(grid, device) if grid else None
+            if recipe.algorithms:
+                found, about["calibration"] = choose_by(
+                    recipe, model, lambda: load_tokenizer(source, trust_remote_code), scheme, target, group_size,
+                    coverage, progress,
+                )  # fmt: skip
+                numbers, about["notes"] = found.grid, found.notes
+            quantise_(model, scheme, target, group_size, coverage, numbers)
+            save_model(model, partial, max_shard_size=max_shard_size)
+        else:
+            ties = untied(outline) if scheme.embedding is not None else {}
+            chosen = dict.fromkeys(coverage.layers, (target, group_size, pick_rounding(recipe.algorithms)))
+            if scheme.embedding is not None:
+                chosen[embedding_name(outline)] = (scheme.embedding, None, "rtn")
+            mark_quantised(outline, scheme, target, group_size, coverage)
+            stream(
+                outline, plan(outline, places, chosen, ties), partial, grid=GridFile(grid) if grid else None,
+                device=device, max_shard_size=max_shard_size, progress=progress,
+            )  # fmt: skip
+        copy_companions(source, partial)
+        write_record(partial, about)
     return coverage
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """A checkpoint's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+
+
+def untied(model: Any) -> dict[str, str]:
+    """Unties the model; key of each weight that is its own now -> key of the one that it shared."""
+    ties = dict(model.all_tied_weights_keys)
+    untie(model)
+    return ties
 
 
 @torch.no_grad()
@@ -131,27 +201,31 @@ def quantise_(
     coverage: Coverage,
     grid: Mapping[str, Quantised] | None = None,
 ) -> None:
-    """Gives the covered layers of a plain model torchao's tensors, in place; `save_pretrained` then writes them.
+    """Gives the covered layers of a plain model torchao's tensors, in place; `storage.save_model` then writes them.
 
     Args:
         model: from `load_plain`, in the dtype that ships. A tied lm_head that is quantised gets weights of its own.
         grid: the weights as trained; None rounds the model's own weights to nearest.
     """
-    from transformers import TorchAoConfig
-    from transformers.quantizers import AutoHfQuantizer
-
     if scheme.embedding is not None:
         untie(model)
     for module, where, quantised in quantised_weights(model, scheme, target, group_size, coverage.layers, grid):
         dtype = module.weight.dtype
         assert isinstance(dtype, torch.dtype)
         module.weight = nn.Parameter(where.tensor(quantised, dtype), requires_grad=False)
-    # What from_pretrained would have left behind had it quantised: save_pretrained asks for it.
+    mark_quantised(model, scheme, target, group_size, coverage)
+    _assert_quantised(model, coverage)
+
+
+def mark_quantised(model: Any, scheme: Scheme, target: Target, group_size: int | None, coverage: Coverage) -> None:
+    """Leaves behind what from_pretrained would have, had it quantised: config.json and save_pretrained ask for it."""
+    from transformers import TorchAoConfig
+    from transformers.quantizers import AutoHfQuantizer
+
     settings = TorchAoConfig(**torchao_config(scheme, target, group_size, coverage, embedding_name(model)))
     model.hf_quantizer = AutoHfQuantizer.from_config(settings)
     model.config.quantization_config = settings
     model.is_quantized, model.quantization_method = True, settings.quant_method
-    _assert_quantised(model, coverage)
 
 
 def _assert_quantised(model: nn.Module, coverage: Coverage) -> None:
@@ -165,14 +239,6 @@ def copy_companions(source: Path, output: Path) -> None:
     for pattern in (*TOKENIZER_FILES, "generation_config.json", "*.py"):
         for path in source.glob(pattern):
             shutil.copyfile(path, output / path.name)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flushes a folder's files to disk, so that a rename after it never leaves half a checkpoint."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def folder_bytes(folder: Path) -> int:

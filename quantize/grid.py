@@ -11,6 +11,7 @@ import torch
 from quantize.layers import embedding_name
 from quantize.numerics import Quantised
 from quantize.schemes import Scheme, Target
+from quantize.tensor_files import Place, read_places
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,6 +30,8 @@ def save_grid(folder: Path, layers: Iterable[tuple[str, Quantised]]) -> None:
         tensors[f"{name}.scale"] = quantised.scale.cpu()
         if quantised.zero is not None:
             tensors[f"{name}.zero"] = quantised.zero.cpu()
+        if quantised.tensor_scale is not None:
+            tensors[f"{name}.tensor_scale"] = quantised.tensor_scale.cpu()
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / _FILE)
 
 
@@ -41,6 +44,36 @@ def load_grid(folder: Path, device: str = "cpu") -> dict[str, Quantised]:
         name, _, part = key.rpartition(".")
         parts.setdefault(name, {})[part] = tensor
     return {name: Quantised(**tensors) for name, tensors in parts.items()}
+
+
+class GridFile:
+    """The weights as trained, layer by layer and by rows, as `save_grid` wrote them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._layers: dict[str, dict[str, Place]] = {}
+        for key, place in read_places(folder / _FILE)[0].items():
+            name, _, part = key.rpartition(".")
+            self._layers.setdefault(name, {})[part] = place
+
+    def outline(self, name: str) -> Quantised:
+        """A layer's weight without its data."""
+        return Quantised(**{part: place.outline() for part, place in self._layers[name].items()})
+
+    def read(self, name: str, first: int, rows: int, device: str) -> Quantised:
+        """`rows` of a layer's weight from `first` on; a part without rows is read whole."""
+        parts = {
+            part: place.read(first, rows) if place.shape else place.read() for part, place in self._layers[name].items()
+        }
+        return Quantised(**{part: tensor.to(device) for part, tensor in parts.items()})
+
+
+def quantise_weight(weight: torch.Tensor, where: Target, group_size: int | None, rounding: str = "rtn") -> Quantised:
+    """A weight (O, I) on the grid of `where`, by an algorithm that needs the weight alone (rtn, mse, hqq)."""
+    from quantize.algorithms.rounding import round_weight
+
+    # A simulation may hold a bf16 target in float32; its numbers are those of bf16 all the same.
+    dtype = getattr(torch, where.dtype) if where.dtype else weight.dtype
+    return round_weight(rounding, where.numbers(), weight, group_size, dtype)
 
 
 def quantised_weights(
@@ -62,6 +95,4 @@ def quantised_weights(
         chosen.append((name, model.get_submodule(name), scheme.embedding, None))
     for name, module, where, size in chosen:
         weight: Any = module.weight.data
-        # A simulation may hold a bf16 target in float32; its numbers are those of bf16 all the same.
-        dtype = getattr(torch, where.dtype) if where.dtype else weight.dtype
-        yield module, where, grid[name] if grid else where.numbers().quantise(weight.to(dtype), size, dtype, None)
+        yield module, where, grid[name] if grid else quantise_weight(weight, where, size)

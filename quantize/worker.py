@@ -22,13 +22,16 @@ Progress = Callable[[str, int, int], None]
 _LAYER_BATCHES = 4  # of eval.batch_size samples: a ratio of energies over hundreds of tokens hardly moves
 
 
-def run_jobs(jobs: Sequence[Mapping[str, Any]], request: Path, progress: Progress | None = None) -> list[Any]:
+def run_jobs(
+    jobs: Sequence[Mapping[str, Any]], request: Path, progress: Progress | None = None, *, packages: Path | None = None
+) -> list[Any]:
     """Runs jobs in a fresh process, in order, and returns one result a job.
 
     Args:
         jobs: each a mapping with `kind` (see `main`) and that function's arguments.
         request: where the request is written; the answer lies beside it.
         progress: called with (job's name, done, total).
+        packages: a folder of packages that this process alone sees (`quantize.export.environment`).
 
     Raises:
         UserError: what the worker found wrong with the input.
@@ -40,7 +43,9 @@ def run_jobs(jobs: Sequence[Mapping[str, Any]], request: Path, progress: Progres
     answer.unlink(missing_ok=True)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
     project = str(Path(__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [project, environment.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [project, str(packages or ""), environment.get("PYTHONPATH")])
+    )
     with log.open("w", encoding="utf-8") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "quantize.worker", str(request)],
@@ -67,6 +72,7 @@ def run_jobs(jobs: Sequence[Mapping[str, Any]], request: Path, progress: Progres
 
 def _load(job: Mapping[str, Any]) -> tuple[Any, Any]:
     """The model of a job, simulated where the job asks for it, and what of it is quantised (else None)."""
+    from quantize.calibrate import Recipe, choose_by
     from quantize.convert import load_plain
     from quantize.grid import load_grid
     from quantize.layers import select_layers
@@ -84,6 +90,9 @@ def _load(job: Mapping[str, Any]) -> tuple[Any, Any]:
     target, group_size = scheme.find_target(simulate["target"]), simulate["group_size"]
     coverage = select_layers(model, scheme, group_size, target, simulate["skip"])
     grid = load_grid(Path(job["grid"]), device) if job.get("grid") else None
+    recipe = Recipe.of_job(simulate)
+    if recipe.algorithms:
+        grid = choose_by(recipe, model, lambda: _tokenizer(job), scheme, target, group_size, coverage)[0].grid
     simulate_(model, scheme, target, group_size, coverage, grid)
     return model, coverage
 
@@ -259,10 +268,9 @@ def sensitivity(job: Mapping[str, Any], progress: Callable[[int, int], None]) ->
 
 
 def _tokenizer(job: Mapping[str, Any]) -> Any:
-    from transformers import AutoTokenizer
+    from quantize.convert import load_tokenizer
 
-    trust = job.get("trust_remote_code", False)
-    tokenizer = AutoTokenizer.from_pretrained(job["model"], local_files_only=True, trust_remote_code=trust)
+    tokenizer = load_tokenizer(Path(job["model"]), job.get("trust_remote_code", False))
     if job.get("chat_template"):
         tokenizer.chat_template = job["chat_template"]
     return tokenizer
@@ -294,10 +302,16 @@ def convert(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dic
     """Converts one checkpoint.
 
     Keys: source, output, scheme, target, group_size, skip, dtype; optional grid (the weights as trained),
-    trust_remote_code.
+    algorithms and calibration (`quantize.calibrate.Recipe.of_job`), named, revision, trust_remote_code, max_shard_size.
+
+    Returns:
+        coverage; notes (what the algorithms did), calibration (what they looked at).
     """
+    from quantize.calibrate import Recipe
     from quantize.convert import convert_checkpoint
+    from quantize.record import read_record
     from quantize.schemes import find_scheme
+    from quantize.storage import SHARD_SIZE
 
     scheme = find_scheme(job["scheme"])
     coverage = convert_checkpoint(
@@ -311,9 +325,31 @@ def convert(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dic
         device=_device(),
         trust_remote_code=job.get("trust_remote_code", False),
         grid=Path(job["grid"]) if job.get("grid") else None,
+        recipe=Recipe.of_job(job),
+        named=job.get("named"),
+        revision=job.get("revision"),
+        max_shard_size=job.get("max_shard_size") or SHARD_SIZE,
+        progress=progress,
     )
     progress(1, 1)
-    return {"coverage": coverage.as_dict()}
+    record = read_record(Path(job["output"]))
+    return {"coverage": coverage.as_dict()} | {key: record[key] for key in ("notes", "calibration") if record[key]}
+
+
+def executorch(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """Exports one quantised checkpoint: see `quantize.export.executorch`, whose packages this process must see."""
+    from quantize.export.executorch import export
+
+    return export(job, progress)
+
+
+def repack(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> None:
+    """Packs a quantised folder, or unpacks a packed one. Keys: source, output, unpack."""
+    from quantize.packed import pack_folder, unpack_folder
+
+    change = unpack_folder if job["unpack"] else pack_folder
+    change(Path(job["source"]), Path(job["output"]))
+    progress(1, 1)
 
 
 def _end_with_parent() -> None:
@@ -334,12 +370,14 @@ def main(argv: Sequence[str]) -> int:
     kinds: dict[str, Callable[..., Any]] = {
         "evaluate": evaluate,
         "convert": convert,
+        "repack": repack,
         "compare": compare,
         "measure": measure,
         "cost": cost,
         "sensitivity": sensitivity,
         "tasks": check_tasks,
         "benchmark": benchmark,
+        "executorch": executorch,
     }
     results = []
     try:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize import hub
 from quantize.errors import UserError
-from train import hub
 from train.data_formats import find_format, to_messages
 
 if TYPE_CHECKING:

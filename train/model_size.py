@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantize import hub
 from quantize.errors import UserError
-from train import hub, models
+from train import models
 from train.config import ModelConfig
 
 _TIED = {"gemma2", "gemma3_text", "gemma3", "smollm3"}  # model types whose transformers config ties by default

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize import hub
 from quantize.errors import UserError
-from train import hub
+from quantize.sources import is_known
 
 if TYPE_CHECKING:
     from train.config import ModelConfig
@@ -192,17 +193,11 @@ def byte_tokenizer() -> Any:
 
 
 def _from_hub(config: ModelConfig) -> Path:
-    from huggingface_hub import snapshot_download
-
     check_model_source(config)
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-    if config.trust_remote_code:
-        patterns.append("*.py")
     try:
-        return Path(snapshot_download(config.id, revision=config.revision, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises many kinds; each is the user's to solve
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(_not_found(config.id, f"the hub says: {reason}")) from error
+        return hub.download_model(config.id, config.revision, with_code=config.trust_remote_code)
+    except hub.HubProblem as error:
+        raise UserError(_not_found(config.id, str(error))) from error
 
 
 def check_model_source(config: ModelConfig) -> None:
@@ -262,7 +257,7 @@ def _check_folder(folder: Path, config: ModelConfig) -> None:
             f"model.id: {config.id} has no .safetensors file ({found}); save it again with "
             "save_pretrained(..., safe_serialization=True)"
         )
-    if settings.get("auto_map") and not config.trust_remote_code and not _is_known(settings.get("model_type")):
+    if settings.get("auto_map") and not config.trust_remote_code and not is_known(settings.get("model_type")):
         raise UserError(
             f"model.id: {config.id} brings Python code of its own ({settings['auto_map'].get('AutoModelForCausalLM')}),"
             " which is not run unasked; read it, then set model.trust_remote_code=true"
@@ -273,11 +268,3 @@ def _check_folder(folder: Path, config: ModelConfig) -> None:
             f"model.id: {config.id} is quantised already ({method}); give the 16-bit model that it was made from "
             "(model.load_in_4bit quantises while loading)"
         )
-
-
-def _is_known(model_type: str | None) -> bool:
-    """Whether transformers has this model itself. Read from its source: unsloth must be imported before it."""
-    spec = importlib.util.find_spec("transformers")
-    places = (spec.submodule_search_locations or []) if spec is not None else []
-    files = (path for place in places for path in Path(place, "models", "auto").glob("*.py"))
-    return any(f'"{model_type}"' in path.read_text(encoding="utf-8") for path in files)

@@ -14,9 +14,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from quantize.convert import sync_folder
 from quantize.errors import UserError
 from quantize.files import read_mapping, write_atomically
+from quantize.storage import sync_folder
 
 
 def default_name(config_name: str, resolved: dict[str, Any]) -> str:

@@ -81,3 +81,21 @@ def _ask(url: str) -> Any:
         raise HubProblem(f"the hub answers {error.code} {said or error.reason}") from error
     except (OSError, ValueError) as error:
         raise HubProblem(f"the hub cannot be reached ({getattr(error, 'reason', error)})") from error
+
+
+def download_model(repository: str, revision: str | None = None, *, with_code: bool = False) -> Path:
+    """A model of the hub as a local folder: settings, safetensors and tokenizer, and its own code where asked for.
+
+    Raises:
+        HubProblem: no such repository, no access, or the hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
+    if not is_cached("model", repository):
+        check_repository("model", repository, revision)
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns + ["*.py"] * with_code))
+    except Exception as error:  # the hub client raises many kinds; each is the user's to solve
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise HubProblem(f"the hub says: {reason}") from error

@@ -1,0 +1,124 @@
+"""A card's sections on loading a release: code and commands that run as shown, or the reason why there is none."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+
+from quantize.document import Block, Code, Heading, Paragraph
+from quantize.release.source import Release
+from quantize.release.text import export_code
+
+_VLLM: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("int4", "cuda-sm80"): (),
+    ("fp8", "cuda-sm89"): (),
+    ("fp8", "cuda-sm90-mslk"): ("mslk-cuda",),
+    ("int4", "cuda-sm90-mslk"): ("mslk-cuda",),
+}
+"""(scheme, target) -> packages beyond torchao. vLLM reads torchao's config from config.json, and these layouts are
+those of the releases that PyTorch serves with it."""
+_EXECUTORCH = ("int8-int4", "int8-int4-mobile")
+_PROMPT = "What is the sum of 12 and 30?"
+
+
+def usage_sections(release: Release) -> Iterator[Block]:
+    """transformers, vLLM, ExecuTorch."""
+    yield Heading("Use it")
+    yield Heading("transformers", 3)
+    needed = [*(_pinned(release, name) for name in ("torch", "torchao", "transformers")), "accelerate"]
+    needed += _kernels(release)
+    yield Code(f"pip install {' '.join(needed)}")
+    yield Code(transformers_code(release), "python")
+    if release.own_code:
+        yield Paragraph("trust_remote_code runs the Python files that lie beside the weights: read them first.")
+    yield Paragraph(_where(release))
+    yield Heading("vLLM", 3)
+    yield from _vllm(release)
+    yield Heading("ExecuTorch", 3)
+    yield from _executorch(release)
+
+
+def transformers_code(release: Release) -> str:
+    """Loads the release and generates some tokens."""
+    trust = ", trust_remote_code=True" if release.own_code else ""
+    device = "cuda" if (release.target or "").startswith("cuda") else "auto"
+    if release.chats:
+        encode = [
+            f'messages = [{{"role": "user", "content": "{_PROMPT}"}}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+            ").to(model.device)",
+        ]
+    else:
+        encode = [f'inputs = tokenizer("{_PROMPT}", return_tensors="pt").to(model.device)']
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model_id = "{release.name}"',
+        f"tokenizer = AutoTokenizer.from_pretrained(model_id{trust})",
+        f'model = AutoModelForCausalLM.from_pretrained(model_id, device_map="{device}"{trust})',
+        *encode,
+        "outputs = model.generate(**inputs, max_new_tokens=64, do_sample=False)",
+        'print(tokenizer.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+    return "\n".join(lines)
+
+
+def _where(release: Release) -> str:
+    place = release.place
+    if place is None:
+        return "config.json names the layout of the weights, which torchao restores while it loads."
+    needs = " and ".join(_need(need) for need in place.needs)
+    runs = f"The target {place.name} needs {needs}." if needs else f"The target {place.name} needs no accelerator."
+    return f"{runs} Decoding in transformers, as measured for this format: {place.speed or 'not measured'}."
+
+
+def _need(need: str) -> str:
+    name, _, wanted = need.partition(">=")
+    if name == "cuda":
+        return f"a CUDA GPU of compute capability {wanted} or newer"
+    return f"the package {'mslk-cuda' if name == 'mslk' else name}"
+
+
+def _kernels(release: Release) -> list[str]:
+    return ["mslk-cuda"] if release.place is not None and "mslk" in release.place.needs else []
+
+
+def _vllm(release: Release) -> Iterator[Block]:
+    extra = _VLLM.get((release.scheme or "", release.target or ""))
+    if extra is not None:
+        torchao = _pinned(release, "torchao")
+        trust = " --trust-remote-code" if release.own_code else ""
+        yield Code(f"pip install {' '.join(['vllm', torchao, *extra])}\nvllm serve {shlex.quote(release.name)}{trust}")
+        yield Paragraph(
+            "vLLM reads the layout from config.json through torchao. Its speed was not measured for this release: it "
+            "brings kernels of its own."
+        )
+        return
+    what = f"{release.scheme} for {release.target}" if release.scheme else "this layout"
+    yield Paragraph(
+        f"No command is given: {what} is not among the layouts that are known to run there at a gain. For vLLM convert "
+        "the 16-bit weights to int4 (target cuda-sm80) or fp8 (target cuda-sm89)."
+    )
+
+
+def _executorch(release: Release) -> Iterator[Block]:
+    if release.scheme in _EXECUTORCH:
+        yield Paragraph(
+            "A .pte for phones and CPUs, with the XNNPACK backend and a KV cache, from the quantised weights as they "
+            "are, by ongrid (quantize export --setup installs ExecuTorch):"
+        )
+        yield Code(export_code(release.name))
+        return
+    what = release.scheme or "this layout"
+    yield Paragraph(
+        f"Not for {what}: ExecuTorch's XNNPACK backend runs int8 activations with int4 weights. For a phone train or "
+        "convert with int8-int4 or int8-int4-mobile."
+    )
+
+
+def _pinned(release: Release, name: str) -> str:
+    """`torch==2.13.0`, as it was used, without the local part of a build (2.13.0+cpu), which no index knows."""
+    version = re.split(r"[+\s]", release.versions.get(name, ""), maxsplit=1)[0]
+    return f"{name}=={version}" if version else name
