@@ -37,9 +37,10 @@ class Items:
 
 @dataclass(frozen=True)
 class Code:
-    """A command to copy."""
+    """Commands, code or settings to copy."""
 
     text: str
+    language: str = "bash"
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,9 @@ def _markdown(block: Block) -> str:
             return f"**{_escape(text)}**" if strong else _escape(text)
         case Items(texts):
             return "\n".join(f"- {_escape(text)}" for text in texts)
-        case Code(text):
+        case Code(text, language):
             fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-            return f"{fence}bash\n{text}\n{fence}"
+            return f"{fence}{language}\n{text}\n{fence}"
         case Table(header, rows, numeric):
             rules = ["---:" if column in numeric else "---" for column in range(len(header))]
             cells = [[_escape(cell) for cell in header], rules, *([_escape(cell) for cell in row] for row in rows)]
@@ -125,7 +126,7 @@ def _html(block: Block) -> str:
             return f'<p class="strong">{html.escape(text)}</p>' if strong else f"<p>{html.escape(text)}</p>"
         case Items(texts):
             return "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in texts) + "</ul>" if texts else ""
-        case Code(text):
+        case Code(text, _):
             return f"<pre><code>{html.escape(text)}</code></pre>"
         case Table(header, rows, numeric):
             head = "".join(_cell("th", cell, column in numeric) for column, cell in enumerate(header))
