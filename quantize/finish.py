@@ -60,7 +60,7 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
     again = [job for job in others if here != before or not _is_measured(folder, job, jobs)]
     if again:
         work("arms", again)
-    (layers,) = work("layers", [jobs.layers(merged, simulated=False)])
+    layers = {} if jobs.moves_layers else work("layers", [jobs.layers(merged, simulated=False)])[0]
     costs = run_timings(lambda: work("cost", jobs.cost(merged))) if jobs.cost_batches else []
     if jobs.tasks is not None:
         able = [job for job in (final_job, *again) if not Scores.load(Path(job["scores"])).broken]
@@ -132,7 +132,7 @@ def _pick_target(folder: Path, gathered: Mapping[str, Any], asked: str | None) -
 def _jobs(folder: Path, gathered: Mapping[str, Any], chosen: Mapping[str, Any], dtype: str) -> Jobs:
     return Jobs(
         run=folder,
-        format={key: chosen[key] for key in ("scheme", "target", "group_size", "skip")},
+        format={key: value for key, value in chosen.items() if key != "missing"},
         dtype=dtype,
         plain_dtype=dtype,
         batch_size=gathered["batch_size"],

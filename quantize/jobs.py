@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantize.algorithms import ALGORITHMS
 from quantize.schemes import find_scheme
 
 Job = dict[str, Any]
@@ -32,7 +33,8 @@ class Jobs:
 
     Attributes:
         run: its directory.
-        format: {scheme, target, group_size, skip} that ships; None = nothing is quantised.
+        format: {scheme, target, group_size, skip} that ships, and what chooses its numbers where training did not:
+            algorithms, calibration (`quantize.calibrate.Recipe.of_job`); None = nothing is quantised.
         dtype: what the shipped model computes in.
         plain_dtype: what the plain graph of the 16-bit models computes in.
         batch_size: held-out rows at once.
@@ -69,6 +71,21 @@ class Jobs:
         """The weights as they were trained, where they were trained on the grid that ships."""
         return str(self.run / "grid") if self.inside else None
 
+    def resolved_format(self) -> Job:
+        """The format with the run's own files by their paths."""
+        assert self.format is not None, "nothing is quantised in this run"
+        found = dict(self.format)
+        if found.get("calibration"):
+            paths = {key: str(self.run / found["calibration"][key]) for key in ("data", "held_out")}
+            found["calibration"] = found["calibration"] | paths
+        return found
+
+    @property
+    def moves_layers(self) -> bool:
+        """Whether an algorithm changes the 16-bit layers, so that none can be compared with what ships of it."""
+        names = (self.format or {}).get("algorithms", ())
+        return any(ALGORITHMS[name].kind != "rounds" for name in names)
+
     def scores(self, arm: str, folder: Path | None = None) -> Path:
         """Where an arm's scores on the held-out samples lie."""
         return (folder or self.run / "eval") / f"{arm}.parquet"
@@ -98,13 +115,11 @@ class Jobs:
         self, arm: str, model: Path, *, trained: bool = False, reference: Path | None = None, folder: Path | None = None
     ) -> Job:
         """Scores a 16-bit checkpoint as it would be quantised; `trained`: with the weights as this run trained them."""
-        assert self.format is not None, "nothing is quantised in this run"
-        job = self.evaluate(arm, model, reference=reference, folder=folder) | {"simulate": dict(self.format)}
+        job = self.evaluate(arm, model, reference=reference, folder=folder) | {"simulate": self.resolved_format()}
         return job | ({"grid": self.grid} if trained else {})
 
     def convert(self, source: Path) -> Job:
         """Quantises the run's merged weights for real."""
-        assert self.format is not None, "nothing is quantised in this run"
         return {
             "kind": "convert",
             "name": "quantise",
@@ -113,13 +128,13 @@ class Jobs:
             "dtype": self.dtype,
             "trust_remote_code": self.trust_remote_code,
             "grid": self.grid,
-            **self.format,
+            **self.resolved_format(),
         }
 
     def layers(self, model: Path, *, simulated: bool) -> Job:
         """Each quantised layer beside its original in `model`."""
         shipped = {"grid": self.grid} if simulated else {"shipped": str(self.shipped)}
-        return self.evaluate("layers", model) | {"kind": "measure", "format": self.format} | shipped
+        return self.evaluate("layers", model) | {"kind": "measure", "format": self.resolved_format()} | shipped
 
     def compare(self, model: Path) -> Job:
         """Which layers of what ships differ from what was trained."""

@@ -49,6 +49,7 @@ class ReportContext:
         device: the machine in words.
         seconds: duration by stage.
         losses: (step, training loss) in order, by arm.
+        choice: what chose the numbers that ship, where training did not.
         worst: the samples that quantisation hurt most.
         plots: figures (see `quantize.plots`).
     """
@@ -65,6 +66,7 @@ class ReportContext:
     device: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
     losses: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+    choice: Sequence[str] = ()
     worst: Sequence[WorstSample] = ()
     plots: Sequence[Plot] = ()
 
@@ -98,7 +100,7 @@ def _blocks(metrics: Metrics, context: ReportContext) -> Iterator[Block]:
     yield from cost_section(metrics)
     yield from layers_section(metrics)
     yield from samples_section(context.worst)
-    yield from _coverage_section(metrics)
+    yield from _coverage_section(metrics, context.choice)
     yield from _recipe_section(context)
     if metrics["simulated"] or metrics["missing"]:
         yield Heading("What is missing")
@@ -193,7 +195,7 @@ def _speed(metrics: Metrics) -> list[str]:
     return [f"decoding with {metrics['scheme']} on {target.name}: {target.speed or 'speed not measured'}"]
 
 
-def _coverage_section(metrics: Metrics) -> Iterator[Block]:
+def _coverage_section(metrics: Metrics, choice: Sequence[str]) -> Iterator[Block]:
     yield Heading("Coverage")
     fraction, skipped = metrics["coverage"]["quantized_fraction"], metrics["coverage"]["skipped"]
     if fraction is None:
@@ -201,6 +203,8 @@ def _coverage_section(metrics: Metrics) -> Iterator[Block]:
     else:
         where = f"{metrics['scheme']}, target {metrics['target']}"
         yield Paragraph(f"{_percent(fraction)} of the layers' weights are quantised ({where}).")
+    if choice:
+        yield Items(choice)
     if skipped:
         yield Paragraph("Not quantised:")
         yield Items([f"{name}: {reason}" for name, reason in skipped.items()])

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize.algorithms import ALGORITHMS
 from quantize.errors import UserError
 from quantize.files import write_atomically
 from quantize.jobs import MAY_OVERFLOW, ONLY_TRAINED_ON, task_rows_path
@@ -22,7 +23,7 @@ _MIB = 1 << 20
 
 
 def write_report(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Writes metrics.json, report.md and report.html.
+    """Writes metrics.json, report.md, report.html and the model card of what ships.
 
     Args:
         folder: run directory with eval/<arm>.parquet.
@@ -33,6 +34,7 @@ def write_report(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, A
     """
     from quantize.pareto import nominal_mib
     from quantize.plots import draw_plots
+    from quantize.release.card import write_run_card
     from quantize.report import ReportContext, render_html, render_markdown
     from quantize.samples import worst_samples
 
@@ -75,6 +77,7 @@ def write_report(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, A
         device="; trained on ".join(dict.fromkeys([finished["device"], trained_on["device"]])),
         seconds=gathered["seconds"],
         losses=losses,
+        choice=_choice(gathered),
         worst=worst_samples(folder / "eval", arms, tasks),
         plots=draw_plots(metrics, losses, nominal_mib(gathered, metrics["size"]["tuned_mib"])),
     )
@@ -86,6 +89,7 @@ def write_report(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, A
     write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False))
     write_atomically(folder / "report.md", text)
     write_atomically(folder / "report.html", render_html(metrics, context))
+    write_run_card(folder, metrics, gathered)
     return metrics, text
 
 
@@ -206,6 +210,16 @@ def _failed_costs(gathered: Mapping[str, Any]) -> list[str]:
     return [measured["failed"] for measured in gathered["cost"] if "failed" in measured]
 
 
+def _choice(gathered: Mapping[str, Any]) -> list[str]:
+    """What chose the numbers that ship, where an algorithm did."""
+    names, shipped = (gathered["format"] or {}).get("algorithms"), gathered["shipped"]
+    if not names:
+        return []
+    data = shipped.get("calibration")
+    seen = f", calibrated on {data['samples']} samples of {data['data']} ({data['tokens']:,} tokens)" if data else ""
+    return [f"numbers chosen by {', '.join(names)}{seen}", *shipped.get("notes", ())]
+
+
 def _reasons(gathered: Mapping[str, Any]) -> dict[str, str]:
     why: dict[str, str] = {}
     if gathered["format"] is None:
@@ -223,6 +237,9 @@ def _reasons(gathered: Mapping[str, Any]) -> dict[str, str]:
         why["cost"] = "eval.cost_batches is empty"
     if failed := _failed_costs(gathered):
         why["cost"] = f"the timing failed ({failed[0]}); eval/cost.request.log has the whole of it"
+    moving = [name for name in (gathered["format"] or {}).get("algorithms", ()) if ALGORITHMS[name].kind != "rounds"]
+    if moving:
+        why["layers"] = f"{', '.join(moving)} changed the layers before quantising them, so no pair compares"
     if gathered["format"] and not gathered["shipped"]:
         missing = "; ".join(gathered["format"]["missing"])
         why |= dict.fromkeys(("size.final_mib", "size.bits_per_weight"), f"this machine lacks {missing}")

@@ -178,6 +178,14 @@ class QuantizeConfig(Section):
     skip: list[str] = Field(default_factory=list)
     """Linear layers to leave unquantised: last parts of their names, blocks, or patterns ("down_proj",
     "model.layers.0", "*.layers.[01].*"). `quantize sensitivity` proposes some."""
+    algorithm: list[str] = Field(default_factory=list)
+    """What chooses the numbers of a run without `qat`: hqq, gptq, awq, ... (`quantize convert --help`), one of a kind;
+    [] = round to nearest."""
+    calibration: str | None = None
+    """Text for the algorithms that look at activations (.jsonl, .txt, .parquet), held-out rows left out; null = the
+    run's own training rows."""
+    calibration_samples: int = Field(default=128, ge=1)
+    """How many samples of it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the shipped model computes in, scales and unquantised weights included; auto = bfloat16 on CUDA, float32
     on CPU. QAT chooses the integers from the float32 sum W + s*B@A whatever it is."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantize.algorithms import are_calibrated, check_algorithms
 from quantize.errors import UserError
 from quantize.schemes import find_scheme
 from train.config import RunConfig, TrainConfig
@@ -70,7 +71,7 @@ _TRACKERS = {
 
 def find_problems(config: RunConfig) -> list[Problem]:
     """Everything in the config that contradicts itself."""
-    checks = (_scheme, _qat, _four_bit, _adapter, _random, _steps, _tracking, _names, _extra, _choices)
+    checks = (_scheme, _algorithms, _qat, _four_bit, _adapter, _random, _steps, _tracking, _names, _extra, _choices)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -104,10 +105,30 @@ def _scheme(config: RunConfig) -> Iterator[Problem]:
             text = f"{name} needs quantize.dtype={' or '.join(sorted(filter(None, wanted)))}, not {asked.dtype}"
             yield Problem((key, "quantize.target", "quantize.dtype"), text)
     if config.scheme_name is None:
-        for key, value in (("target", asked.target), ("group_size", asked.group_size), ("skip", asked.skip or None)):
+        given = {"target": asked.target, "group_size": asked.group_size, "skip": asked.skip or None}
+        given |= {"algorithm": asked.algorithm or None, "calibration": asked.calibration}
+        for key, value in given.items():
             if value is not None:
                 text = f"quantize.{key}={value} has no meaning without a scheme; set qat or quantize.scheme"
                 yield Problem((f"quantize.{key}",), text)
+
+
+def _algorithms(config: RunConfig) -> Iterator[Problem]:
+    asked = config.quantize
+    try:
+        ordered = check_algorithms(asked.algorithm)
+    except UserError as error:
+        yield Problem(("quantize.algorithm",), f"quantize.algorithm: {error}")
+        return
+    if config.qat is not None and ordered:
+        text = (
+            f"quantize.algorithm={list(ordered)} would choose other numbers than qat={config.qat} trains, and so throw "
+            "the training away; leave one of them out"
+        )
+        yield Problem(("qat", "quantize.algorithm"), text)
+    if asked.calibration and not are_calibrated(ordered):
+        text = f"quantize.calibration={asked.calibration}: no algorithm of this run looks at activations; leave it out"
+        yield Problem(("quantize.calibration", "quantize.algorithm"), text)
 
 
 def _qat(config: RunConfig) -> Iterator[Problem]:

@@ -105,12 +105,12 @@ class Evaluations:
         key = fingerprint_of(self.stages.data_key, self.stages.format_key(), *upstream)
 
         def work() -> dict[str, Any]:
-            layers = self.jobs.layers(tuned.merged, simulated=not shipped)
+            layers = [] if self.jobs.moves_layers else [self.jobs.layers(tuned.merged, simulated=not shipped)]
             if not shipped:
                 copy_atomically(self.jobs.scores("fake"), self.jobs.scores("final"))
-                return {**arms["fake"], "layers": self.log.jobs("layers", [layers])[0]}
+                return {**arms["fake"], "layers": self.log.jobs("layers", layers)[0] if layers else {}}
             job = self.jobs.evaluate("final", self.jobs.shipped, reference=(control or tuned).merged)
-            scored, measured = self.log.jobs("final", [job, layers])
+            scored, measured = (*self.log.jobs("final", [job, *layers]), {})[:2]
             if self.jobs.inside and self.format is not None:
                 gap = arms["fake"]["loss"] - scored["loss"]
                 check_gap(gap, self.format.scheme, self.format.target, lambda: self._worst_layers(tuned))

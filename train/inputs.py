@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize.errors import UserError
@@ -40,6 +41,7 @@ def missing_inputs(config: RunConfig, bad: Collection[str] = ()) -> list[str]:
         ({"data"}, lambda: check_data_source(config.data)),
         ({"model", "quantize", "qat"}, lambda: _check_groups(config)),
         ({"eval"}, lambda: check_tasks(config.eval)),
+        ({"quantize"}, lambda: check_calibration(config.quantize.calibration)),
     )
     lines: list[str] = []
     for needed, check in checks:
@@ -59,6 +61,12 @@ def check_tasks(settings: EvalConfig) -> None:
 
     require_lm_eval()
     check_names(settings.tasks)
+
+
+def check_calibration(named: str | None) -> None:
+    """A calibration file that is not there."""
+    if named is not None and not Path(named).expanduser().is_file():
+        raise UserError(f"quantize.calibration: there is no file {named}; give a .jsonl, .txt or .parquet file")
 
 
 def _check_groups(config: RunConfig) -> None:

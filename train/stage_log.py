@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ class Format:
     group_size: int | None
     skip: tuple[str, ...]
     missing: tuple[str, ...]
+    choice: Mapping[str, Any] = field(default_factory=dict)
+    """What chooses the numbers (`quantize.calibrate.Recipe.of_job`); empty = training did, or round-to-nearest."""
 
     @property
     def simulated(self) -> bool:
@@ -44,6 +46,7 @@ class Format:
             "target": self.target.name,
             "group_size": self.group_size,
             "skip": list(self.skip),
+            **self.choice,
         }
 
     def select(self, model: nn.Module) -> Coverage:
@@ -96,6 +99,12 @@ class StageLog:
             self.events.emit(Event("progress", {"stage": job, "done": done, "total": total, "text": counted}))
 
         return run_jobs(jobs, self.directory.path / "eval" / f"{name}.request.json", progress)
+
+
+def file_fingerprint(path: Path) -> str:
+    """Fingerprint of a file's contents (16 hex digits)."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
 def fingerprint_of(*parts: Any) -> str:

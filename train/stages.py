@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize.algorithms import are_calibrated, check_algorithms
 from quantize.jobs import Jobs
 from quantize.runs import GATHERED_VERSION
 from quantize.schemes import find_scheme
 from train.config import EvalConfig
 from train.events import Event, Sinks
-from train.stage_log import Format, StageLog, Tuned, fingerprint_of
+from train.stage_log import Format, StageLog, Tuned, file_fingerprint, fingerprint_of
 
 if TYPE_CHECKING:
     from train.backends import Backend
@@ -41,6 +42,7 @@ class Stages:
         """Provenance, the format, and the dtypes."""
         import torch
 
+        from quantize.algorithms.choose import check_fit
         from quantize.hardware import pick_target
         from train.data import template_text
         from train.versions import provenance
@@ -57,7 +59,10 @@ class Stages:
             scheme = find_scheme(config.scheme_name)
             target, missing = pick_target(scheme, config.quantize.target)
             group_size = scheme.pick_group_size(config.quantize.group_size, target)
-            self.format = Format(scheme, target, group_size, tuple(config.quantize.skip), tuple(missing))
+            check_fit(config.quantize.algorithm, scheme, target)
+            self.format = Format(
+                scheme, target, group_size, tuple(config.quantize.skip), tuple(missing), self._choice()
+            )
         wanted = self.format.target.dtype if self.format and self.format.target.dtype else by_device
         self.merged_dtype = wanted if config.quantize.dtype == "auto" else config.quantize.dtype
         self.jobs = Jobs(
@@ -72,6 +77,19 @@ class Stages:
             chat_template=template_text(config.data.chat_template),
             cost_batches=config.eval.cost_batches,
         )
+
+    def _choice(self) -> dict[str, Any]:
+        """What chooses the numbers of this run's format, for its jobs."""
+        asked = self.config.quantize
+        ordered = check_algorithms(asked.algorithm)
+        if not ordered:
+            return {}
+        if not are_calibrated(ordered):
+            return {"algorithms": list(ordered)}
+        # The run's own files by their names in its directory, which may be moved.
+        named = str(Path(asked.calibration).expanduser().resolve()) if asked.calibration else "data/train.parquet"
+        samples = {"data": named, "samples": asked.calibration_samples, "held_out": "data/eval.parquet"}
+        return {"algorithms": list(ordered), "calibration": samples}
 
     def backend(self) -> Backend:
         """Imports the backend, first of all that touches transformers."""
@@ -138,7 +156,16 @@ class Stages:
         self.data_key = result["fingerprint"]
         self.directory.update_manifest(data_fingerprint=self.data_key, data=result["statistics"])
         self.events.emit(Event("message", {"text": prepared.example, "title": "one training example", "markup": True}))
+        self._check_calibration(model)
         return prepared
+
+    def _check_calibration(self, model: LocalModel) -> None:
+        """Reads the calibration data, so that what cannot be used ends the run before anything is trained."""
+        if self.jobs.format is None or "calibration" not in self.jobs.format:
+            return
+        from quantize.calibrate import Recipe, load_calibration
+
+        load_calibration(Recipe.of_job(self.jobs.resolved_format()), self.tokenizer(model.folder))
 
     # ------------------------------------------------------------------ fine-tuning
 
@@ -286,7 +313,7 @@ class Stages:
         else:
             recipe["fake_quant"]["start"] = self.config.fake_quant.starts_at
         if self.format is not None:
-            recipe["quantize"] |= {key: value for key, value in self.format.job().items() if key in recipe["quantize"]}
+            recipe["quantize"] |= {name: self.format.job()[name] for name in ("scheme", "target", "group_size", "skip")}
         recipe["quantize"]["dtype"] = self.merged_dtype
         return recipe
 
@@ -313,4 +340,7 @@ class Stages:
         if self.format is None:
             return None
         job = self.format.job()
+        if "calibration" in job:
+            named = self.config.quantize.calibration
+            job["calibrated_on"] = [self.data_key, named and file_fingerprint(Path(named).expanduser())]
         return job if job["skip"] else {key: value for key, value in job.items() if key != "skip"}

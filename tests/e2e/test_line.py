@@ -256,8 +256,12 @@ def test_the_mobile_recipe_quantises_embedding_and_lm_head(runs: Any) -> None:
 
 
 def test_without_qat_a_scheme_means_quantisation_after_training(runs: Any) -> None:
-    run = runs.finish("--config", "tiny.yaml", "--quantize.scheme=int8-int4", "--run.name=ptq")
+    chosen = ("--quantize.algorithm=[gptq,awq]", "--quantize.calibration-samples=16")
+    run = runs.finish("--config", "tiny.yaml", "--quantize.scheme=int8-int4", *chosen, "--run.name=ptq")
     metrics = runs.metrics(run)
+    assert "numbers chosen by awq, gptq, calibrated on 16 samples of train.parquet" in (run / "report.md").read_text()
+    assert metrics["layers"] == {} and "awq changed the layers" in metrics["why"]["layers"]
+    assert json.loads((run / "quantized" / "ongrid.json").read_text())["algorithms"] == ["awq", "gptq"]
     assert metrics["control"]["loss"] is None and metrics["why"]["control"]
     assert metrics["train_ship_gap"] is None
     assert metrics["final"]["loss"] > 0 and (run / "quantized" / "config.json").is_file()

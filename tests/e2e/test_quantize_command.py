@@ -360,3 +360,53 @@ def test_what_cannot_be_compared_is_said(damage: str, said: str, finished: Path,
             names[1] = str(tmp_path / "gone")
     done = runs.quantize("compare", *names, "--output", str(tmp_path / "page"))
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_algorithms_choose_the_numbers_and_leave_a_record(finished: Path, runs: Any, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    text = finished / "data" / "train.parquet"
+    models = {}
+    for name, options in {
+        "rtn": (), "hqq": ("--algorithm", "hqq"),
+        "awq": ("--algorithm", "awq", "gptq", "--calibration", str(text), "--calibration-samples", "16"),
+    }.items():  # fmt: skip
+        output = tmp_path / name
+        form = ("--scheme", "int4", "--target", "cpu", "--group-size", "32", "--output", str(output))
+        done = runs.quantize("convert", str(finished / "control" / "merged"), *form, *options)
+        assert done.returncode == 0, done.stderr[-2000:]
+        record = json.loads((output / "ongrid.json").read_text())
+        assert record["algorithms"] == list(options[1:3] if name == "awq" else options[1:])
+        assert (
+            record["scheme"] == "int4" and record["group_size"] == 32 and record["coverage"]["quantized_layers"] == 14
+        )
+        models[name] = AutoModelForCausalLM.from_pretrained(output)
+    assert record["calibration"]["samples"] == 16 and record["calibration"]["tokens"] > 256
+    assert "awq: " in done.stdout and "calibrated on 16 samples of train.parquet" in done.stdout
+    ids = torch.arange(1, 40)[None]
+    logits = {name: model(ids).logits for name, model in models.items()}
+    assert not torch.equal(logits["rtn"], logits["hqq"]) and not torch.equal(logits["rtn"], logits["awq"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("merged", "--algorithm", "hqq"), "choosing other numbers would throw that training away"),
+        (("control/merged", "--algorithm", "gptq"), "gptq looks at activations; name some text: --calibration FILE"),
+        (("control/merged", "--algorithm", "gptw"), "unknown algorithm 'gptw'; did you mean gptq?"),
+        (("control/merged", "--calibration", "a.txt"), "a.txt: round-to-nearest looks at no activations"),
+        (("control/merged", "--algorithm", "awq", "--calibration", "short.txt"), "too short to tell channels apart"),
+        ((".", "--algorithm", "hqq"), "--algorithm: a run ships what it was trained for"),
+    ],
+)  # fmt: skip
+def test_algorithms_that_cannot_work_are_exit_2(
+    options: tuple[str, ...], said: str, finished: Path, runs: Any, tmp_path: Path
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("too short", encoding="utf-8")
+    words = [str(short) if word == "short.txt" else word for word in options[1:]]
+    scheme = () if options[0] == "." else ("--scheme", "int4", "--target", "cpu", "--output", str(tmp_path / "out"))
+    done = runs.quantize("convert", str(finished / options[0]), *scheme, *words)
+    assert done.returncode == 2 and said in done.stderr, done.stderr[-2000:]
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
