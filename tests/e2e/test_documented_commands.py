@@ -52,7 +52,11 @@ def test_the_documents_hold_commands() -> None:
 def test_a_documented_command_works(place: str, runs: Any, tmp_path: Path) -> None:
     command, *words = shlex.split(DOCUMENTED[place])
     if command == "quantize":
-        here = ["--root", str(runs.root), "--output", str(tmp_path)] if words[0] in ("compare", "sensitivity") else []
+        here = (
+            ["--root", str(runs.root), "--output", str(tmp_path)]
+            if words[0] in ("compare", "sensitivity", "eval")
+            else []
+        )
         done = runs.quantize(*words, *here)
     elif SMALL.search(DOCUMENTED[place]) and LARGE not in words:
         done = runs.train(*words)
