@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
-from quantize.commands import compare, convert, schemes, sensitivity
+from quantize.commands import card, compare, convert, eval, export, push, schemes, sensitivity
 
 
 class Verb(Protocol):
@@ -26,6 +26,10 @@ class Verb(Protocol):
 VERBS: dict[str, Verb] = {
     "schemes": schemes,
     "convert": convert,
+    "eval": eval,
+    "export": export,
     "compare": compare,
     "sensitivity": sensitivity,
+    "card": card,
+    "push": push,
 }
