@@ -337,7 +337,7 @@ def _default_reasons(metrics: Mapping[str, Any], arms: Arms, why: Mapping[str, s
             reasons |= {f"kl.{name}{part}": reason for part in ("", "_interval", "_top1", "_top1_interval")}
     if metrics["kl"]["reference"] is None:
         reasons["kl.reference"] = reasons.get("final", _NOT_MEASURED)
-    quantised = reasons.get("layers") or (
+    quantised = (
         "this layer's output is equal to the last bit, or all zero"
         if metrics["layers"]
         else reasons.get("final", _NOT_MEASURED)

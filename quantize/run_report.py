@@ -239,7 +239,7 @@ def _reasons(gathered: Mapping[str, Any]) -> dict[str, str]:
         why["cost"] = f"the timing failed ({failed[0]}); eval/cost.request.log has the whole of it"
     moving = [name for name in (gathered["format"] or {}).get("algorithms", ()) if ALGORITHMS[name].kind != "rounds"]
     if moving:
-        why["layers"] = f"{', '.join(moving)} changed the layers before quantising them, so no pair compares"
+        why["sqnr"] = f"{', '.join(moving)} changed the layers before quantising them, so no pair compares"
     if gathered["format"] and not gathered["shipped"]:
         missing = "; ".join(gathered["format"]["missing"])
         why |= dict.fromkeys(("size.final_mib", "size.bits_per_weight"), f"this machine lacks {missing}")
