@@ -86,7 +86,7 @@ def test_sensitivity_of_a_folder_takes_a_text(finished: Path, runs: Any, tmp_pat
         (["MERGED", "--scheme", "int4", "--data", "gone.txt"], "--data gone.txt: there is no such file"),
         (["RUN", "--samples", "1"], "--samples: 2 or more"),
         (["RUN", "--growth", "0"], "--growth 0.0: a share above 0"),
-        (["RUN", "--scheme", "int5"], "unknown scheme 'int5'"),
+        (["RUN", "--scheme", "int9"], "unknown scheme 'int9'"),
         (["nowhere", "--scheme", "int4"], "nowhere is neither a run nor a folder with a config.json: there is none at"),
         (["RUN", "--output", "RUN"], "is a run, whose own report would be lost; name another folder"),
         (["RUN", "--output", "RUN/manifest.json/x"], "manifest.json is a file, not a folder); name another folder"),
