@@ -24,10 +24,11 @@ _STEPS = 20
 def round_hqq(numbers: Numbers, weight: Tensor, group_size: int | None, scale_dtype: torch.dtype) -> Quantised:
     """The weight (O, I), float32, on a grid whose zero points or scales HQQ chose.
 
-    A group keeps the best of the grids that the iterations went through, the one of its extremes among them.
+    A group keeps the best of the grids that the iterations went through, the one of its extremes among them. It never
+    depends on other groups, as by an early end: a conversion that goes by rows must choose what a whole weight would.
     """
     start = best = numbers.quantise(weight, group_size, scale_dtype, None)
-    error = least = _error(numbers, weight, best)
+    least = _error(numbers, weight, best)
     beta = _BETA
     for _ in range(_STEPS):
         residual = _grouped(weight, start) - _grouped(numbers.restore(start, torch.float32), start)
@@ -38,8 +39,6 @@ def round_hqq(numbers: Numbers, weight: Tensor, group_size: int | None, scale_dt
         better = error < least
         best, least = _take(better, start, best), torch.where(better, error, least)
         beta *= _GROWTH
-        if not better.any():
-            break
     return best
 
 

@@ -68,6 +68,18 @@ def test_hqq_is_closer_in_the_norm_that_it_minimises(numbers: Numbers) -> None:
     assert (after <= before).all() and float(after.mean()) < 0.98 * float(before.mean())
 
 
+@pytest.mark.parametrize("numbers", [INT4, TINYGEMM], ids=["symmetric", "asymmetric"])
+def test_hqq_of_a_row_is_the_same_alone(numbers: Numbers) -> None:
+    """A conversion goes by rows, the simulation by weights: both must come to the same numbers."""
+    weight = outliers(64, 256)
+    whole = round_hqq(numbers, weight, 64, torch.float32)
+    for row in range(0, 64, 7):
+        alone = round_hqq(numbers, weight[row : row + 1], 64, torch.float32)
+        assert torch.equal(alone.values, whole.values[row : row + 1])
+        assert torch.equal(alone.scale, whole.scale[row : row + 1])
+        assert alone.zero is None or torch.equal(alone.zero, whole.zero[row : row + 1])  # type: ignore[index]
+
+
 def test_hqq_of_zero_points_is_as_good_as_torchaos() -> None:
     from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_affine_hqq
 
