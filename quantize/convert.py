@@ -24,8 +24,8 @@ from quantize.release.base_model import find_base
 from quantize.schemes import Scheme, Target
 from quantize.sources import check_source
 from quantize.storage import SHARD_SIZE, replacing, save_model
-from quantize.stream import plan, stream, why_not
-from quantize.tensor_files import read_folder
+from quantize.stream import Source, plan, stream, why_not
+from quantize.tensor_files import Place, read_folder
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "*.model")
 
@@ -149,10 +149,10 @@ def convert_checkpoint(
     }  # fmt: skip
     places, _ = read_folder(source)
     why = None if recipe.loads_model else why_not(outline, places, getattr(torch, dtype))
+    if why:
+        print(f"loading the whole model: {why}", file=sys.stderr)
     with replacing(output) as partial:
         if why or recipe.loads_model:
-            if why:
-                print(f"loading the whole model: {why}", file=sys.stderr)
             model: Any = load_plain(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
             numbers = load_grid(grid, device) if grid else None
             if recipe.algorithms:
@@ -164,18 +164,32 @@ def convert_checkpoint(
             quantise_(model, scheme, target, group_size, coverage, numbers)
             save_model(model, partial, max_shard_size=max_shard_size)
         else:
-            ties = untied(outline) if scheme.embedding is not None else {}
-            chosen = dict.fromkeys(coverage.layers, (target, group_size, pick_rounding(recipe.algorithms)))
-            if scheme.embedding is not None:
-                chosen[embedding_name(outline)] = (scheme.embedding, None, "rtn")
-            mark_quantised(outline, scheme, target, group_size, coverage)
+            sources = _sources(outline, places, scheme, target, group_size, coverage, pick_rounding(recipe.algorithms))
             stream(
-                outline, plan(outline, places, chosen, ties), partial, grid=GridFile(grid) if grid else None,
-                device=device, max_shard_size=max_shard_size, progress=progress,
+                outline, sources, partial, grid=GridFile(grid) if grid else None, device=device,
+                max_shard_size=max_shard_size, progress=progress,
             )  # fmt: skip
         copy_companions(source, partial)
         write_record(partial, about)
     return coverage
+
+
+def _sources(
+    outline: Any,
+    places: Mapping[str, Place],
+    scheme: Scheme,
+    target: Target,
+    group_size: int | None,
+    coverage: Coverage,
+    rounding: str,
+) -> dict[str, Source]:
+    """What each entry of a streamed checkpoint is made from; the model without weights is untied and marked for it."""
+    ties = untied(outline) if scheme.embedding is not None else {}
+    chosen = dict.fromkeys(coverage.layers, (target, group_size, rounding))
+    if scheme.embedding is not None:
+        chosen[embedding_name(outline)] = (scheme.embedding, None, "rtn")
+    mark_quantised(outline, scheme, target, group_size, coverage)
+    return plan(outline, places, chosen, ties)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:

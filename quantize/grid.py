@@ -25,8 +25,7 @@ def save_grid(folder: Path, layers: Iterable[tuple[str, Quantised]]) -> None:
 
     tensors = {}
     for name, quantised in layers:
-        values = quantised.values
-        tensors[f"{name}.values"] = (values if values.dtype == torch.float8_e4m3fn else values.to(torch.int8)).cpu()
+        tensors[f"{name}.values"] = quantised.compact().values.cpu()
         tensors[f"{name}.scale"] = quantised.scale.cpu()
         if quantised.zero is not None:
             tensors[f"{name}.zero"] = quantised.zero.cpu()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from quantize.schemes import Scheme, Target
@@ -45,6 +47,17 @@ def describe_device() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def installed(names: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def describe_here(dtype: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ None of them builds a graph; the straight-through estimator is added by `qat.lin
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,11 @@ class Quantised:
     scale: Tensor
     zero: Tensor | None = None
     tensor_scale: Tensor | None = None
+
+    def compact(self) -> Quantised:
+        """The same with a byte a value: float8 as it is, integers as int8."""
+        values = self.values
+        return replace(self, values=values if values.dtype == torch.float8_e4m3fn else values.to(torch.int8))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,16 +21,9 @@ def write_record(folder: Path, about: Mapping[str, Any]) -> None:
             (`quantize.layers.Coverage.as_dict`), license; what is not known is None or left out. Versions and device
             are added.
     """
-    from importlib.metadata import PackageNotFoundError, version
+    from quantize.hardware import describe_device, installed
 
-    from quantize.hardware import describe_device
-
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # run from a source tree that is not installed
-            continue
+    versions = {"python": platform.python_version(), **installed(_PACKAGES)}
     text = json.dumps({**about, "versions": versions, "device": describe_device()}, indent=1)
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 

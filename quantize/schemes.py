@@ -207,21 +207,16 @@ _ALL = (
         group_size=128,
         group_sizes=(128,),
     ),
-    Scheme(
-        name="mxfp8",
-        summary="MXFP8 dynamic activations and weights (blocks of 32): Blackwell",
-        bits=8,
-        targets=mx_targets(8),
-        group_size=32,
-        group_sizes=(32,),
-    ),
-    Scheme(
-        name="mxfp4",
-        summary="MXFP4 dynamic activations and weights (blocks of 32): Blackwell",
-        bits=4,
-        targets=mx_targets(4),
-        group_size=32,
-        group_sizes=(32,),
+    *(
+        Scheme(
+            name=f"mxfp{bits}",
+            summary=f"MXFP{bits} dynamic activations and weights (blocks of 32): Blackwell",
+            bits=bits,
+            targets=mx_targets(bits),
+            group_size=32,
+            group_sizes=(32,),
+        )
+        for bits in (8, 4)
     ),
     Scheme(
         name="nvfp4",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,14 @@ _PACKAGES = (
 
 def provenance() -> dict[str, Any]:
     """git, packages, python and device, as the manifest stores them."""
-    from quantize.hardware import describe_device
+    from quantize.hardware import describe_device, installed
 
     return {
         "git": _git(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "packages": installed(_PACKAGES),
         "python": platform.python_version(),
         "device": describe_device(),
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _git() -> dict[str, Any] | None:

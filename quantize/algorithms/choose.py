@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,9 +66,8 @@ def check_fit(names: Sequence[str], scheme: Scheme, target: Target) -> tuple[str
 
 
 def _has_integers(numbers: Numbers, group_size: int | None) -> bool:
-    weight = torch.linspace(-1, 1, 256).reshape(1, 256)
-    values = numbers.quantise(weight, group_size, torch.float32, None).values.float()
-    return bool((values == values.round()).all())
+    values = numbers.quantise(torch.ones(1, 256), group_size, torch.float32, None).values
+    return values.dtype != torch.float8_e4m3fn
 
 
 @torch.no_grad()
@@ -106,19 +105,17 @@ def choose_numbers(
             raise UserError(f"{', '.join(ordered)}: calibration data is needed; name some with --calibration FILE")
         grid, more = _by_block(model, format_, coverage, ordered, batches, progress)
         notes += more
-    for name in (name for name in coverage.layers if name not in grid):
+    outside = [name for name in coverage.layers if name not in grid]
+    if grid and outside:
+        without = " and ".join(name for name in ordered if ALGORITHMS[name].calibrated)
+        notes.append(f"outside the decoder blocks, so without {without}: {', '.join(outside)}")
+    for name in outside:
         weight = model.get_submodule(name).weight
-        grid[name] = _compact(round_weight(pick_rounding(ordered), format_.numbers, weight, group_size, dtype))
+        grid[name] = round_weight(pick_rounding(ordered), format_.numbers, weight, group_size, dtype).compact()
     if scheme.embedding is not None:
         for _, _, quantised in quantised_weights(model, scheme, target, group_size, (), None):
             grid[embedding_name(model)] = quantised
     return Chosen(grid, notes)
-
-
-def _compact(quantised: Quantised) -> Quantised:
-    """The same with a byte a value, as `quantize.grid` stores it: all layers are held at once."""
-    values = quantised.values
-    return replace(quantised, values=values if values.dtype == torch.float8_e4m3fn else values.to(torch.int8))
 
 
 def _by_block(
@@ -133,6 +130,7 @@ def _by_block(
     rounding = pick_rounding(names)
     prefix, blocks = find_blocks(model)
     grid: dict[str, Quantised] = {}
+    unseen: list[str] = []
     scaled = total = 0
     states = start_batches(model, blocks, batches)
     for number, block in enumerate(blocks):
@@ -147,17 +145,22 @@ def _by_block(
         hessians: dict[str, Tensor] = {}
         if rounding == "gptq":
             hessians = _hessians(block, number, states, layers, chosen.numbers)
+            unseen += layers.keys() - hessians.keys()
         for name, module in layers.items():
             weight, hessian = module.weight, hessians.pop(name, None)
-            grid[name] = _compact(
-                round_weight(rounding, chosen.numbers, weight, chosen.group_size, chosen.scale_dtype, hessian)
-            )
+            # A byte a value, as the layers of all blocks are held at once.
+            grid[name] = round_weight(
+                rounding, chosen.numbers, weight, chosen.group_size, chosen.scale_dtype, hessian
+            ).compact()
         with _computing(layers, grid, chosen.numbers):
             for state in states:
                 state.hidden = run_block(block, number, state)
         if progress is not None:
             progress(number + 1, len(blocks))
-    return grid, [f"{scaling}: {scaled} of {total} links between layers are scaled"] if scaling else []
+    notes = [f"{scaling}: {scaled} of {total} links between layers are scaled"] if scaling else []
+    if unseen:
+        notes.append(f"rounded to nearest, as no calibration token reaches them: {', '.join(sorted(unseen))}")
+    return grid, notes
 
 
 def _scale_block(

@@ -99,10 +99,10 @@ def _read_samples(plan: Plan, folders: Mapping[str, Path]) -> list[Sample]:
 
 
 def _tokenizer(folder: Path, plan: Plan) -> Any:
-    from transformers import AutoTokenizer
+    from quantize.convert import load_tokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=plan.trust_remote_code)
+        found = load_tokenizer(folder, plan.trust_remote_code)
     except Exception as error:  # transformers raises many kinds; each says that the folder has none that can be read
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} has no tokenizer that can be loaded ({said[:200]}); copy its files there") from error
