@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.experts import ExpertMatrix
 from qat.kernels import merged_weight
+from quantize import experts
 from quantize.errors import UserError
 from quantize.layers import is_plain_linear, plain_name
 
@@ -28,6 +30,13 @@ def active_module(module: Any) -> Any:
     return module.modules_to_save[name]
 
 
+def weight_of(module: Any) -> Tensor:
+    """The weight of a layer: (O, I), of an embedding (V, H), of fused experts (E, O, I)."""
+    if isinstance(module, nn.Embedding | ExpertMatrix):
+        return module.weight
+    return base_linear(module).weight
+
+
 def adapter_of(module: Any) -> tuple[Tensor | None, Tensor | None]:
     """(A, B) of the one active adapter of a LoRA layer; (None, None) for a plain linear."""
     if not hasattr(module, "lora_A") or not module.lora_A:
@@ -40,6 +49,8 @@ def adapter_of(module: Any) -> tuple[Tensor | None, Tensor | None]:
 
 def scaling_of(module: Any) -> float:
     """LoRA's s, which rank stabilisation changes; 1 for a plain linear."""
+    if isinstance(module, ExpertMatrix):
+        return module.scaling
     if adapter_of(module)[0] is None:
         return 1.0
     (name,) = module.active_adapters
@@ -47,7 +58,9 @@ def scaling_of(module: Any) -> float:
 
 
 def merged_of(module: Any) -> Tensor:
-    """W + s B A (O, I) of a layer, as `merged_weight` sums it."""
+    """W + s B A of a layer, in the shape of its weight, as `merged_weight` sums it."""
+    if isinstance(module, ExpertMatrix):
+        return module.merged()
     if isinstance(module, nn.Embedding):
         return module.weight.detach()
     lora_a, lora_b = adapter_of(module)
@@ -63,8 +76,8 @@ def refuse_unmergeable(model: nn.Module) -> None:
     """Refuses adapters that a merged checkpoint cannot hold, with QAT or without.
 
     Raises:
-        UserError: an adapter on an embedding, on a layer that is no plain linear layer (fused experts, Conv1D), or on
-            an lm_head that shares the embedding's weight; one that is no weight at all (prompt tuning).
+        UserError: an adapter on an embedding, on a layer that is no plain linear layer (Conv1D, a router), or on an
+            lm_head that shares the embedding's weight; one that is no weight at all (prompt tuning).
     """
     modules = [(plain_name(name), module) for name, module in model.named_modules()]
     for kind in getattr(model, "peft_config", {}).values():
@@ -74,7 +87,7 @@ def refuse_unmergeable(model: nn.Module) -> None:
     if tokens:
         raise UserError(f"{tokens[0]}: trainable tokens are not merged; leave trainable_token_indices out")
     adapted = [(name, module) for name, module in modules if getattr(module, "lora_A", None)]
-    others = [name for name, module in adapted if not is_plain_linear(module.base_layer)]
+    others = [name for name, module in adapted if not is_plain_linear(module.base_layer) and not on_experts(module)]
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise UserError(
@@ -95,7 +108,13 @@ def refuse_unmergeable(model: nn.Module) -> None:
         )
 
 
-def refuse_adapters(modules: Mapping[str, nn.Module]) -> None:
+def on_experts(module: Any) -> bool:
+    """Whether an adapter is on a matrix of fused experts, which are merged one by one."""
+    leaf = getattr(module, "parameter_name", None)
+    return leaf in experts.MATRICES and experts.is_fused(module.get_base_layer())
+
+
+def refuse_adapters(modules: Mapping[str, Any]) -> None:
     """Refuses layers whose adapter does not merge into one weight, all of them at once.
 
     Raises:
@@ -115,12 +134,15 @@ def refuse_adapters(modules: Mapping[str, nn.Module]) -> None:
 
 
 def _obstacle(module: Any) -> str | None:
+    if isinstance(module, ExpertMatrix):
+        return None if module.wrapper is None else _obstacle(module.wrapper)
     if not hasattr(module, "base_layer"):
         return None
     kind = type(module).__name__
     if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):  # AdaLoRA's holds bare parameters
         return f"an adapter of the kind {kind} cannot be merged exactly; QAT trains LoRA, or all weights (lora: null)"
-    if not base_linear(module).weight.is_floating_point():
+    weight = module.get_param() if hasattr(module, "parameter_name") else base_linear(module).weight
+    if not weight.is_floating_point():
         return "its frozen weight is quantised already; load the model in 16 bit"
     adapters = list(module.active_adapters)
     if len(adapters) != 1:

@@ -24,16 +24,13 @@ class WeightCache:
     Attributes:
         limit: bytes that it may hold.
         reuse: keep the weights that train, too.
+        size: bytes that are held.
     """
 
     limit: int
     reuse: bool = False
-    _held: dict[str, tuple[tuple[Any, ...], list[Weight], bool]] = field(default_factory=dict)
-
-    @property
-    def size(self) -> int:
-        """Bytes that are held."""
-        return sum(_bytes(weights) for _, weights, _ in self._held.values())
+    size: int = field(default=0, init=False)
+    _held: dict[str, tuple[tuple[Any, ...], list[Weight], bool]] = field(default_factory=dict, init=False)
 
     def fits(self, name: str, size: int) -> bool:
         """Whether a layer's weight is held, or `size` bytes more would be."""
@@ -57,18 +54,25 @@ class WeightCache:
         if found is not None and found[0] == state:
             return found[1]
         weights = make()
-        self._held.pop(name, None)
+        if found is not None:
+            self._drop(name)
         if self.size + _bytes(weights) <= self.limit:
             self._held[name] = (state, weights, trains)
+            self.size += _bytes(weights)
         return weights
 
     def moved(self) -> None:
         """Drops the weights that train: the optimiser has moved them."""
-        self._held = {name: entry for name, entry in self._held.items() if not entry[2]}
+        for name in [name for name, (_, _, trains) in self._held.items() if trains]:
+            self._drop(name)
 
     def clear(self) -> None:
         """Drops all."""
         self._held.clear()
+        self.size = 0
+
+    def _drop(self, name: str) -> None:
+        self.size -= _bytes(self._held.pop(name)[1])
 
 
 def _bytes(weights: Sequence[Weight]) -> int:

@@ -8,7 +8,7 @@ fuses by itself, it gives up for a layer that it has to call.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.adapters import adapter_of, base_linear
+from qat.experts import ExpertMatrix, expert_matrices, experts_forward
 from qat.layer import LayerNumerics, Projection
 from qat.linear import fake_quant_linear, fake_quant_linears, fake_quant_swiglu
 from quantize.errors import UserError
@@ -98,6 +99,25 @@ def bindings_inside(model: nn.Module, layers: Layers) -> list[Binding]:
 def bindings_outside(layers: Layers) -> list[Binding]:
     """The forwards that leave the adapters outside, for comparison."""
     return [Binding(module, _outside(module, numerics)) for module, numerics in layers]
+
+
+def bindings_of_experts(
+    model: nn.Module, layers: Mapping[str, tuple[Any, LayerNumerics]], *, inside: bool
+) -> list[Binding]:
+    """The forwards of fused experts of which at least one matrix is fake-quantised.
+
+    Args:
+        layers: name -> (layer, its numbers) of all that is.
+    """
+    together: dict[int, list[tuple[ExpertMatrix, LayerNumerics | None]]] = {}
+    for name, matrix in expert_matrices(model).items():
+        found, numerics = layers.get(name, (matrix, None))
+        together.setdefault(id(matrix.experts), []).append((found, numerics))
+    return [
+        Binding(pair[0][0].outer, experts_forward(pair, inside=inside))
+        for pair in together.values()
+        if any(numerics is not None for _, numerics in pair)
+    ]
 
 
 def _children(parent: nn.Module, names: Sequence[str], numerics: dict[int, LayerNumerics]) -> list[tuple[Any, Any]]:

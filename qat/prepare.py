@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.adapters import adapter_of, base_linear, merged_of, refuse_adapters, scaling_of
+from qat.adapters import adapter_of, merged_of, refuse_adapters, scaling_of, weight_of
 from qat.cache import WeightCache
 from qat.embedding import binding_of_embedding, find_embedding
-from qat.forwards import Binding, bindings_inside, bindings_outside, is_bound
+from qat.experts import ExpertMatrix, expert_matrices
+from qat.forwards import Binding, bindings_inside, bindings_of_experts, bindings_outside, is_bound
 from qat.layer import LayerNumerics
 from quantize.errors import UserError
 from quantize.layers import Coverage, is_outermost_linear, plain_name, select_layers
@@ -112,15 +113,18 @@ class Prepared:
         """
         assert self.placement == "inside", "with the adapter outside no grid was trained"
         for name, (module, numerics) in self.layers.items():
-            lora = (None, None) if isinstance(module, nn.Embedding) else adapter_of(module)
-            weight = module.weight if isinstance(module, nn.Embedding) else base_linear(module).weight
-            yield name, numerics.quantise(weight, *lora)
+            if isinstance(module, ExpertMatrix):
+                yield name, module.quantise(numerics)
+            else:
+                lora = (None, None) if isinstance(module, nn.Embedding) else adapter_of(module)
+                yield name, numerics.quantise(weight_of(module), *lora)
 
     @torch.no_grad()
     def _choose_ranges(self) -> None:
         for module, numerics in self.layers.values():
             if numerics.factor is not None:
-                weight = merged_of(module) if self.placement == "inside" else base_linear(module).weight
+                weight = merged_of(module) if self.placement == "inside" else weight_of(module)
+                weight = weight.flatten(0, -2)
                 numerics.factor.data.copy_(best_factor(numerics.numbers, weight, numerics.group_size, numerics.dtype))
         self.ranges_chosen = True
 
@@ -170,7 +174,7 @@ def prepare_qat(
     coverage = select_layers(model, scheme, group_size, target, skip)
     modules = _covered(model, scheme, coverage)
     prepared = Prepared(coverage, placement, mse=ranges == "mse", cache=WeightCache(cache_mib * 2**20))
-    size = sum(base_linear(module).weight.nbytes for module in modules.values())
+    size = sum(weight_of(module).nbytes for module in modules.values())
     common = LayerNumerics(
         name="",
         numbers=target.numbers(),
@@ -183,13 +187,15 @@ def prepare_qat(
         cache=prepared.cache,
     )
     for name, module in modules.items():
-        weight = base_linear(module).weight
+        weight = weight_of(module)
         numerics = replace(common, name=name, dtype=dtype or weight.dtype, scaling=scaling_of(module))
         if ranges == "mse" or learned_scales:
             numerics = replace(numerics, factor=_factor(weight, numerics, learned_scales))
         prepared.layers[name] = (module, numerics)
-    layers = list(prepared.layers.values())
-    prepared.bindings = bindings_inside(model, layers) if placement == "inside" else bindings_outside(layers)
+    inside = placement == "inside"
+    layers = [found for found in prepared.layers.values() if not isinstance(found[0], ExpertMatrix)]
+    prepared.bindings = bindings_inside(model, layers) if inside else bindings_outside(layers)
+    prepared.bindings += bindings_of_experts(model, prepared.layers, inside=inside)
     if scheme.embedding is not None:
         name, embedding = find_embedding(model)
         numerics = replace(common, name=name, numbers=scheme.embedding.numbers(), group_size=None)
@@ -208,20 +214,22 @@ def remove_qat(prepared: Prepared) -> None:
     prepared.bindings.clear()
 
 
-def _covered(model: nn.Module, scheme: Scheme, coverage: Coverage) -> dict[str, nn.Module]:
-    """Layer name -> module of the covered layers, which must be such that they can be prepared."""
+def _covered(model: nn.Module, scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
+    """Layer name -> module (or `ExpertMatrix`) of the covered layers, which must be such that they can be prepared."""
     if not coverage.layers:
         reasons = sorted(set(coverage.skipped.values())) or ["the model has no linear layer"]
         raise UserError(f"{scheme.name} reaches no layer of this model: {'; '.join(reasons)}")
     chosen = set(coverage.layers)
-    found = {plain_name(name): module for name, module in model.named_modules() if is_outermost_linear(name, module)}
+    found: dict[str, Any] = dict(expert_matrices(model))
+    found |= {plain_name(name): module for name, module in model.named_modules() if is_outermost_linear(name, module)}
     modules = {name: module for name, module in found.items() if name in chosen}
     refuse_adapters(modules)
-    if any(is_bound(module) for module in modules.values()):
+    if any(is_bound(getattr(module, "outer", module)) for module in modules.values()):
         raise UserError("this model is prepared already; undo that with remove_qat first")
     return modules
 
 
 def _factor(weight: Tensor, numerics: LayerNumerics, learned: bool) -> Tensor:
+    weight = weight.flatten(0, -2)
     groups = numerics.numbers.quantise(weight[:1], numerics.group_size, numerics.dtype, None).scale.shape[-1]
     return nn.Parameter(torch.ones(weight.shape[0], groups, device=weight.device), requires_grad=learned)

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantize import experts
 from quantize.algorithms.choose import check_fit
 from quantize.algorithms.rounding import pick_rounding
 from quantize.calibrate import Recipe, choose_by
 from quantize.errors import UserError
 from quantize.grid import GridFile, load_grid, quantised_weights
-from quantize.layers import Coverage, embedding_name, select_layers, untie
+from quantize.layers import Coverage, embedding_name, find_weight, select_layers, untie, weight_key
 from quantize.numerics import Quantised
 from quantize.record import write_record
 from quantize.release.base_model import find_base
@@ -33,7 +34,10 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "v
 def load_plain(
     folder: Path, *, dtype: str | None = None, device: str = "cpu", trust_remote_code: bool = False, **options: Any
 ) -> nn.Module:
-    """A checkpoint through plain transformers: safetensors only, and code from the checkpoint only where asked for."""
+    """A checkpoint through plain transformers: safetensors only, and code from the checkpoint only where asked for.
+
+    Fused experts run one by one, quantised or not, so that what is compared differs in nothing else.
+    """
     from transformers import AutoModelForCausalLM
 
     if dtype is not None:
@@ -47,6 +51,9 @@ def load_plain(
         local_files_only=True,
         **options,
     )
+    if experts.has_experts(model):
+        model.set_experts_implementation("eager")
+        experts.let_tensors_select()
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -62,25 +69,26 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False, dtype: str |
 
 
 def torchao_config(
-    scheme: Scheme, target: Target, group_size: int | None, coverage: Coverage, embedding: str
+    model: nn.Module, scheme: Scheme, target: Target, group_size: int | None, coverage: Coverage
 ) -> dict[str, Any]:
     """Keyword arguments of transformers' TorchAoConfig for the covered layers: what config.json says of the weights.
 
-    A layer that does not fit is named out rather than left to the library, which would skip it in silence or fail.
-
-    Args:
-        embedding: name of the input embedding.
+    A layer that does not fit is named out rather than left to the library, which would skip it in silence or fail; so
+    are fused experts, which the library only takes by name.
     """
     from torchao.quantization import FqnToConfig
 
+    embedding = embedding_name(model)
+    keys = [weight_key(model, name) for name in coverage.layers]
+    fused = [name for name, key in zip(coverage.layers, keys, strict=True) if name == key]
     uneven = [name for name in coverage.skipped if name.rsplit(".", 1)[-1] not in scheme.skip]
-    if not uneven and scheme.embedding is None:
+    if not uneven and not fused and scheme.embedding is None:
         return {"quant_type": target.config(group_size)}
     entries: OrderedDict[str, Any] = OrderedDict()
     if scheme.embedding is not None:
         entries[f"{embedding}.weight"] = scheme.embedding.config(None)
-    for name in coverage.layers:
-        entries[f"{name}.weight"] = target.config(group_size)
+    for key in keys:
+        entries[key] = target.config(group_size)
     return {
         "quant_type": FqnToConfig(entries),
         "include_input_output_embeddings": scheme.embedding is not None,
@@ -223,10 +231,13 @@ def quantise_(
     """
     if scheme.embedding is not None:
         untie(model)
-    for module, where, quantised in quantised_weights(model, scheme, target, group_size, coverage.layers, grid):
-        dtype = module.weight.dtype
-        assert isinstance(dtype, torch.dtype)
-        module.weight = nn.Parameter(where.tensor(quantised, dtype), requires_grad=False)
+    for module, leaf, where, quantised in quantised_weights(model, scheme, target, group_size, coverage.layers, grid):
+        weight: Any = module._parameters[leaf]
+        if weight.dim() == 3:
+            tensor = experts.stack([where.tensor(part, weight.dtype) for part in experts.split(quantised, len(weight))])
+        else:
+            tensor = where.tensor(quantised, weight.dtype)
+        setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
     mark_quantised(model, scheme, target, group_size, coverage)
     _assert_quantised(model, coverage)
 
@@ -236,7 +247,7 @@ def mark_quantised(model: Any, scheme: Scheme, target: Target, group_size: int |
     from transformers import TorchAoConfig
     from transformers.quantizers import AutoHfQuantizer
 
-    settings = TorchAoConfig(**torchao_config(scheme, target, group_size, coverage, embedding_name(model)))
+    settings = TorchAoConfig(**torchao_config(model, scheme, target, group_size, coverage))
     model.hf_quantizer = AutoHfQuantizer.from_config(settings)
     model.config.quantization_config = settings
     model.is_quantized, model.quantization_method = True, settings.quant_method
@@ -244,7 +255,8 @@ def mark_quantised(model: Any, scheme: Scheme, target: Target, group_size: int |
 
 def _assert_quantised(model: nn.Module, coverage: Coverage) -> None:
     """Fails where the library left a covered layer in 16 bit."""
-    plain = [name for name in coverage.layers if type(model.get_submodule(name).weight.data) is torch.Tensor]
+    weights = {name: getattr(*find_weight(model, name)) for name in coverage.layers}
+    plain = [name for name, weight in weights.items() if type(weight.data) is torch.Tensor]
     assert not plain, f"torchao left {len(plain)} layers unquantised, the first is {plain[0]}"
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.layer_health import compare_outputs
+from quantize.layers import modules_of
 from quantize.schemes import Scheme, Target
 
 
@@ -53,7 +54,7 @@ def layer_differences(
         scale = simulated.double().norm().clamp(min=1e-30)
         found[name] = float((real.double() - simulated.double()).norm() / scale)
 
-    compare_outputs(trained, shipped, layers, inputs, visit)
+    compare_outputs(trained, shipped, list(modules_of(trained, layers)), inputs, visit)
     return sorted(found.items(), key=lambda item: -item[1])
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantize.layers import embedding_name
+from quantize.layers import embedding_name, find_weight
 from quantize.numerics import Quantised
 from quantize.schemes import Scheme, Target
 from quantize.tensor_files import Place, read_places
@@ -67,8 +67,13 @@ class GridFile:
 
 
 def quantise_weight(weight: torch.Tensor, where: Target, group_size: int | None, rounding: str = "rtn") -> Quantised:
-    """A weight (O, I) on the grid of `where`, by an algorithm that needs the weight alone (rtn, mse, hqq)."""
+    """A weight (O, I) on the grid of `where`, by an algorithm that needs the weight alone (rtn, mse, hqq).
+
+    Of fused experts (E, O, I) the rows of all are those of one weight (E * O, I): every format rounds rows apart.
+    """
     from quantize.algorithms.rounding import round_weight
+
+    weight = weight.flatten(0, -2)
 
     # A simulation may hold a bf16 target in float32; its numbers are those of bf16 all the same.
     dtype = getattr(torch, where.dtype) if where.dtype else weight.dtype
@@ -82,16 +87,16 @@ def quantised_weights(
     group_size: int | None,
     layers: Iterable[str],
     grid: Mapping[str, Quantised] | None,
-) -> Iterable[tuple[nn.Module, Target, Quantised]]:
-    """(module, the target that it ships for, its weight on the grid) of every quantised module, one at a time.
+) -> Iterable[tuple[nn.Module, str, Target, Quantised]]:
+    """(module, its parameter, the target it ships for, the weight on its grid) of all that is quantised, one at a time.
 
     Args:
         grid: the weights as trained; None rounds the model's own weights to nearest.
     """
-    chosen = [(name, model.get_submodule(name), target, group_size) for name in layers]
+    chosen = [(name, target, group_size) for name in layers]
     if scheme.embedding is not None:
-        name = embedding_name(model)
-        chosen.append((name, model.get_submodule(name), scheme.embedding, None))
-    for name, module, where, size in chosen:
-        weight: Any = module.weight.data
-        yield module, where, grid[name] if grid else quantise_weight(weight, where, size)
+        chosen.append((embedding_name(model), scheme.embedding, None))
+    for name, where, size in chosen:
+        module, leaf = find_weight(model, name)
+        weight: Any = module._parameters[leaf]
+        yield module, leaf, where, grid[name] if grid else quantise_weight(weight.data, where, size)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantize.layers import modules_of
+
 Visit = Callable[[str, Tensor, Tensor, Tensor], None]
 
 
@@ -36,23 +38,25 @@ def compare_outputs(
     """Runs `reference` once, and each named layer of `other` on the input that the reference's layer sees.
 
     Args:
+        layers: names of modules (`layers.modules_of`).
         inputs: a batch, as the models' forward takes it.
         visit: called with (layer, its input, the reference's output, the other's output).
     """
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, tuple[Tensor, ...]] = {}
 
     def remember(name: str) -> Any:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            seen[name] = arguments[0]
+            seen[name] = arguments
 
         return hook
 
     def compare(name: str) -> Any:
         def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
             layer: Any = other.get_submodule(name)
-            given = seen.pop(name)  # token ids, for an embedding
-            real = layer(given.to(layer.weight.dtype) if given.is_floating_point() else given)
-            visit(name, given, output, real)
+            given = seen.pop(name)  # token ids, for an embedding; which experts are chosen, for experts
+            dtype = next(layer.parameters()).dtype
+            real = layer(*(each.to(dtype) if each.is_floating_point() else each for each in given))
+            visit(name, given[0], output, real)
 
         return hook
 
@@ -75,16 +79,18 @@ def measure_layers(
 ) -> dict[str, LayerHealth]:
     """The health of each layer that these batches reach, in the order of `layers`, over all of them together.
 
+    The matrices of fused experts are measured together, under the name of their module.
     Padded positions are left out where the layer sees them as such: a batch's `attention_mask` says which they are.
     """
+    layers = list(modules_of(reference, layers))
     signal, noise, energy, count, largest = (dict.fromkeys(layers, 0.0) for _ in range(5))
     keep = torch.ones(1, 1, dtype=torch.bool)
 
     def visit(name: str, given: Tensor, expected: Tensor, real: Tensor) -> None:
-        padded = given.shape[:-1] == keep.shape  # a routed expert gets its tokens without the padding
         inputs, wanted, found = (
-            (tensor[keep] if padded else tensor).double() for tensor in (given, expected, real)
-        )  # (tokens, I), (tokens, O), (tokens, O)
+            (tensor.reshape(*keep.shape, -1)[keep] if given.shape[:-1].numel() == keep.numel() else tensor).double()
+            for tensor in (given, expected, real)
+        )  # (tokens, I), (tokens, O), (tokens, O); a routed expert gets its tokens without the padding
         signal[name] += float(wanted.square().sum())
         noise[name] += float((found - wanted).square().sum())
         energy[name] += float(inputs.square().sum())

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from quantize import experts
 from quantize.errors import UserError
 from quantize.names import is_kept
 from quantize.schemes import Scheme, Target
@@ -19,11 +20,11 @@ class Coverage:
     """What a scheme reaches in one model.
 
     Attributes:
-        layers: module names that are quantised.
-        skipped: module name -> why it keeps 16 bit.
+        layers: names of what is quantised: of linear modules, and of the parameters of fused experts.
+        skipped: name -> why it keeps 16 bit.
         quantized_weights: number of weights in `layers`.
-        addressed_weights: number of weights in all linear layers that the scheme does not skip by its definition, and
-            in the matrices that are no linear layer's (fused experts, GPT-2's Conv1D).
+        addressed_weights: number of weights in all linear layers and fused experts that the scheme does not skip by its
+            definition, and in the matrices that are neither's (GPT-2's Conv1D).
         kept_weights: number of them that a user's `skip` keeps in 16 bit.
         total_weights: number of weights in the model.
     """
@@ -58,7 +59,7 @@ class Coverage:
 
 def plain_name(name: str) -> str:
     """A module's name without PEFT's wrappers: `base_model.model.model.layers.0.q_proj` -> `model.layers.0.q_proj`."""
-    name = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+    name = re.sub(r"(\.base_layer)+$", "", name.removeprefix("base_model.model."))
     return re.sub(r"\.modules_to_save\.[^.]+", "", name)
 
 
@@ -94,6 +95,32 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield plain_name(name), linear
 
 
+def find_weight(model: nn.Module, name: str) -> tuple[Any, str]:
+    """(module, name of its parameter) of a covered layer: `weight`, or a matrix of fused experts."""
+    above, _, leaf = name.rpartition(".")
+    if leaf in experts.MATRICES and experts.is_fused(module := model.get_submodule(above)):
+        return module, leaf
+    return model.get_submodule(name), "weight"
+
+
+def modules_of(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
+    """Names of the modules that compute with these layers' weights -> how many weights that are.
+
+    A linear layer's own name; fused experts once for all their matrices.
+    """
+    counts: dict[str, int] = {}
+    for name in names:
+        module, leaf = find_weight(model, name)
+        owner = name if leaf == "weight" else name.removesuffix(f".{leaf}")
+        counts[owner] = counts.get(owner, 0) + int(module._parameters[leaf].numel())
+    return counts
+
+
+def weight_key(model: nn.Module, name: str) -> str:
+    """Name of a covered layer's weight in the state dict."""
+    return name if find_weight(model, name)[1] != "weight" else f"{name}.weight"
+
+
 def select_layers(
     model: nn.Module,
     scheme: Scheme,
@@ -101,7 +128,7 @@ def select_layers(
     target: Target | None = None,
     skip: Sequence[str] = (),
 ) -> Coverage:
-    """Decides for each linear layer whether `scheme` quantises it.
+    """Decides for each linear layer, and each matrix of fused experts, whether `scheme` quantises it.
 
     Args:
         model: a transformers model, with or without PEFT's wrappers.
@@ -113,16 +140,20 @@ def select_layers(
     Raises:
         UserError: an entry of `skip` fits no linear layer.
     """
-    multiple = (target or next(iter(scheme.targets.values()))).multiple
+    where = target or next(iter(scheme.targets.values()))
     layers: list[str] = []
     skipped: dict[str, str] = {}
     quantised = addressed = kept = 0
-    refuse_unmatched([name for name, _ in linear_layers(model)], skip)
+    matrices, routers = dict(expert_matrices(model)), tuple(_routers(model))
+    skipped |= dict.fromkeys(routers, "a router keeps 16 bit: it is small, and decides which experts run")
+    refuse_unmatched([*(name for name, _ in linear_layers(model)), *matrices], skip)
     head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     head = getattr(head, "base_layer", head)
     for name, linear in linear_layers(model):
         if name.rsplit(".", 1)[-1] in scheme.skip or ("lm_head" in scheme.skip and linear is head):
             skipped[name] = f"{scheme.name} leaves it unquantised"
+            continue
+        if name in routers:
             continue
         addressed += linear.weight.numel()
         if is_kept(name, skip):
@@ -132,20 +163,56 @@ def select_layers(
         if not is_plain_linear(linear):
             skipped[name] = f"a {type(linear).__name__} computes more than a linear layer"
             continue
-        if group_size is not None and linear.in_features % group_size:
-            skipped[name] = f"group size {group_size} does not divide its in_features {linear.in_features}"
-            continue
-        if linear.in_features % multiple or linear.out_features % multiple:
-            shape = f"{linear.out_features} x {linear.in_features}"
-            skipped[name] = f"the kernel needs multiples of {multiple}, and its weight is {shape}"
+        if reason := _misfit(linear.out_features, linear.in_features, group_size, where):
+            skipped[name] = reason
             continue
         layers.append(name)
         quantised += linear.weight.numel()
-    for name, weight in _other_weights(model):
+    for name, weight in matrices.items():
         addressed += weight.numel()
-        skipped[name] = "a weight outside a linear layer, such as that of fused experts, is not quantised"
+        if is_kept(name, skip):
+            skipped[name] = "quantize.skip leaves it unquantised"
+            kept += weight.numel()
+        elif not where.experts:
+            skipped[name] = f"torchao's tensor of {scheme.name} for {where.name} holds no fused experts"
+        elif reason := _misfit(weight.shape[1], weight.shape[2], group_size, where):
+            skipped[name] = reason
+        else:
+            layers.append(name)
+            quantised += weight.numel()
+    for name, weight in _other_weights(model):
+        if name not in matrices and name.removesuffix(".weight") not in routers:
+            addressed += weight.numel()
+            skipped[name] = "a weight outside a linear layer is not quantised"
     total = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" not in name)
     return Coverage(tuple(layers), skipped, quantised, addressed, kept, total)
+
+
+def _misfit(rows: int, columns: int, group_size: int | None, target: Target) -> str | None:
+    """Why a matrix of that shape cannot be quantised; None where it can."""
+    if group_size is not None and columns % group_size:
+        return f"group size {group_size} does not divide its in_features {columns}"
+    if columns % target.multiple or rows % target.multiple:
+        return f"the kernel needs multiples of {target.multiple}, and its weight is {rows} x {columns}"
+    return None
+
+
+def expert_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name without wrappers, parameter (E, O, I)) of each matrix of fused experts."""
+    for name, module in experts.fused_experts(model):
+        for leaf in experts.MATRICES:
+            yield f"{plain_name(name)}.{leaf}", module._parameters[leaf]
+
+
+def _routers(model: nn.Module) -> Iterator[str]:
+    """Names of the modules that choose among fused experts: those beside them, with a row of weights an expert."""
+    beside = {plain_name(name).rpartition(".")[0]: each.num_experts for name, each in experts.fused_experts(model)}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.dim() == 2:
+            plain = plain_name(name)
+            if beside.get(plain.rpartition(".")[0]) == weight.shape[0]:
+                yield plain
 
 
 def refuse_unmatched(layers: Sequence[str], skip: Sequence[str]) -> None:

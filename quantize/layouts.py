@@ -65,6 +65,7 @@ def int8_int4(name: str, numbers: str = "INT8_INT4", **options: Any) -> Target:
         numbers=numbers_of("integers", numbers),
         tensor=tensor_of("intx_tensor", bits=4, int8_activations=True),
         stored_bits=8.0,  # torchao's Intx and int8 tensors hold every integer in a byte
+        experts=True,
         **options,
     )
 
@@ -95,7 +96,7 @@ def intx(bits: int, name: str, **options: Any) -> Target:
         return IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=granularity)
 
     numbers, tensor = numbers_of("integers", f"INT{bits}"), tensor_of("intx_tensor", bits=bits)
-    return Target(name=name, config=config, numbers=numbers, tensor=tensor, stored_bits=8.0, **options)
+    return Target(name=name, config=config, numbers=numbers, tensor=tensor, stored_bits=8.0, experts=True, **options)
 
 
 def intx_targets(bits: int, cpu: Speed | None = None, cuda: Speed | None = None) -> Mapping[str, Target]:
@@ -112,7 +113,7 @@ def int8_rows(name: str, **options: Any) -> Target:
         return Int8WeightOnlyConfig()
 
     numbers, tensor = numbers_of("integers", "INT8_ROWS"), tensor_of("int8_tensor")
-    return Target(name=name, config=config, numbers=numbers, tensor=tensor, stored_bits=8.0, **options)
+    return Target(name=name, config=config, numbers=numbers, tensor=tensor, stored_bits=8.0, experts=True, **options)
 
 
 def int8_int8(name: str, **options: Any) -> Target:
@@ -125,7 +126,7 @@ def int8_int8(name: str, **options: Any) -> Target:
         return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
 
     numbers, tensor = numbers_of("integers", "INT8_INT8"), tensor_of("int8_tensor", int8_activations=True)
-    return Target(name=name, config=config, numbers=numbers, tensor=tensor, stored_bits=8.0, **options)
+    return Target(name=name, config=config, numbers=numbers, tensor=tensor, stored_bits=8.0, experts=True, **options)
 
 
 def int4(name: str, layout: str, numbers: str, tensor: str, **options: Any) -> Target:
@@ -169,6 +170,7 @@ def fp8(name: str, numbers: str, kernel: str, **options: Any) -> Target:
         tensor=tensor_of("float8_tensor", kernel=kernel),
         dtype="bfloat16",
         multiple=16,
+        experts=True,
         **options,
     )
 

@@ -88,7 +88,8 @@ def build_metrics(
         backend_gap: loss in the training backend's own graph minus that in the plain graph.
         reference: the arm from which the KL divergence and the agreement of ptq and final are measured.
         size: some of `SIZES`.
-        coverage: `quantized_fraction` (share of the layers' weights) and `skipped` (layer name: reason).
+        coverage: `quantized_fraction` (share of the layers' weights), `share_of_all_weights` (of the model's) and
+            `skipped` (layer name: reason).
         scheme, target: as shipped; None where nothing is quantised.
         dtype: of the weights that are not quantised, those of whole arms included ("float32").
         simulated: this machine cannot run the target, so quantised arms come from fake quantisation.
@@ -125,6 +126,7 @@ def build_metrics(
         "cost": _cost(cost or ()),
         "coverage": {
             "quantized_fraction": _number(coverage.get("quantized_fraction")),
+            "share_of_all_weights": _number(coverage.get("share_of_all_weights")),
             "skipped": dict(coverage.get("skipped") or {}),
         },
         "scheme": scheme,
@@ -160,7 +162,7 @@ def _check(arms: Arms, size: Mapping[str, Any], coverage: Mapping[str, Any]) -> 
     unknown = [
         *(set(arms) - set(ARMS)),
         *(set(size) - set(SIZES)),
-        *(set(coverage) - {"quantized_fraction", "skipped"}),
+        *(set(coverage) - {"quantized_fraction", "share_of_all_weights", "skipped"}),
     ]
     if unknown:
         raise ValueError(f"not in the contract of metrics.json: {', '.join(sorted(unknown))}")
@@ -328,7 +330,8 @@ def _default_reasons(metrics: Mapping[str, Any], arms: Arms, why: Mapping[str, s
     reasons["recovered_interval"] = reasons.get("recovered", unclear)
     if metrics["scheme"] is None:
         nothing = "nothing is quantised: neither qat nor quantize.scheme is set"
-        reasons |= dict.fromkeys(("scheme", "target", "train_ship_gap", "coverage.quantized_fraction"), nothing)
+        shares = ("coverage.quantized_fraction", "coverage.share_of_all_weights")
+        reasons |= dict.fromkeys(("scheme", "target", "train_ship_gap", *shares), nothing)
     if not metrics["finish_command"]:
         reasons["finish_command"] = "nothing is left to do"
     for name in ("ptq", "final"):

@@ -202,7 +202,9 @@ def _coverage_section(metrics: Metrics, choice: Sequence[str]) -> Iterator[Block
         yield Paragraph(f"Quantised share of the weights: not known ({why(metrics, 'coverage.quantized_fraction')}).")
     else:
         where = f"{metrics['scheme']}, target {metrics['target']}"
-        yield Paragraph(f"{_percent(fraction)} of the layers' weights are quantised ({where}).")
+        of_all = metrics["coverage"]["share_of_all_weights"]
+        more = "" if of_all is None else f", {_percent(of_all)} of all the model's weights"
+        yield Paragraph(f"{_percent(fraction)} of the layers' weights{more} are quantised ({where}).")
     if choice:
         yield Items(choice)
     if skipped:

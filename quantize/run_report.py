@@ -174,7 +174,8 @@ def _backend_gap(gathered: Mapping[str, Any]) -> float | None:
 
 def _coverage(gathered: Mapping[str, Any]) -> dict[str, Any]:
     found = gathered["shipped"].get("coverage") or gathered["tuned"].get("coverage")
-    return {} if found is None else {key: found[key] for key in ("quantized_fraction", "skipped")}
+    keys = ("quantized_fraction", "share_of_all_weights", "skipped")
+    return {} if found is None else {key: found[key] for key in keys}
 
 
 def _sizes(folder: Path, gathered: Mapping[str, Any]) -> dict[str, Any]:

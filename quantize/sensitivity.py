@@ -20,7 +20,7 @@ from torch import nn
 
 from quantize.errors import UserError
 from quantize.evaluate import Sample, Scores, evaluate_variants
-from quantize.layers import Coverage, embedding_name
+from quantize.layers import Coverage, embedding_name, modules_of
 from quantize.schemes import Scheme
 from quantize.statistics import loss_interval, paired_loss_difference
 
@@ -101,12 +101,12 @@ def scan_model(
         raise UserError(f"{scheme.name} reaches no layer of this model: {reasons}")
     half = (len(samples) + 1) // 2
     looked, confirming = samples[:half], samples[half:]
-    layers = {name: _weights(model, name) for name in coverage.layers}
+    layers = modules_of(model, coverage.layers)
     extra = embedding_name(model) if scheme.embedding is not None else None
     groups = group_layers(layers, ways)
     everything = [*layers, *([extra] if extra else [])]
     if extra:
-        groups.append(Group(extra, "embedding", (extra,), _weights(model, extra)))
+        groups.append(Group(extra, "embedding", (extra,), modules_of(model, [extra])[extra]))
     hold = partial(_swapped, model, quantised)
     variants: dict[str, Variant] = {_REFERENCE: nullcontext, _ALL: partial(hold, everything)}
     variants |= {f"{group.way} {group.name}": partial(hold, group.layers) for group in groups}
@@ -157,7 +157,7 @@ class Sizes:
             layers: weights of each quantised layer.
             extra: name of the embedding, where it is quantised too.
         """
-        embedding = _weights(quantised, extra) if extra else 0
+        embedding = modules_of(quantised, [extra])[extra] if extra else 0
         total = sum(parameter.numel() for parameter in quantised.parameters())
         many = sum(layers.values())
         bits = scheme.bits + (16 / group_size if group_size else 0)
@@ -237,11 +237,6 @@ def _swapped(model: nn.Module, other: nn.Module, layers: Sequence[str]) -> Itera
 
 def _members(groups: Sequence[Group], names: Sequence[str]) -> set[str]:
     return {layer for group in groups if group.name in names for layer in group.layers}
-
-
-def _weights(model: nn.Module, name: str) -> int:
-    layer: Any = model.get_submodule(name)
-    return int(layer.weight.numel())
 
 
 def _row(

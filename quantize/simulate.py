@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantize import experts
 from quantize.grid import quantised_weights
 from quantize.layers import Coverage, untie
 from quantize.numerics import Numbers, Quantised
@@ -34,12 +35,14 @@ def simulate_(
     """
     if scheme.embedding is not None:
         untie(model)
-    for module, where, quantised in quantised_weights(model, scheme, target, group_size, coverage.layers, grid):
-        numbers, dtype = where.numbers(), module.weight.dtype
-        assert isinstance(dtype, torch.dtype)
+    for module, leaf, where, quantised in quantised_weights(model, scheme, target, group_size, coverage.layers, grid):
+        weight: Any = module._parameters[leaf]
+        numbers, dtype = where.numbers(), weight.dtype
         restored = numbers.restore(quantised, scale_dtype(where, quantised, dtype)).to(dtype)
-        module.weight = nn.Parameter(restored, requires_grad=False)
-        if numbers.linear is not None or (numbers.bias_after and getattr(module, "bias", None) is not None):
+        setattr(module, leaf, nn.Parameter(restored.reshape(weight.shape), requires_grad=False))
+        if weight.dim() == 3:
+            _bind_experts(module, leaf, numbers, quantised)
+        elif numbers.linear is not None or (numbers.bias_after and getattr(module, "bias", None) is not None):
             module.forward = types.MethodType(_multiplies(numbers, quantised), module)
         elif numbers.activation is not None:
             module.register_forward_pre_hook(_rounds_input(numbers.activation))
@@ -55,6 +58,32 @@ def scale_dtype(target: Target, quantised: Quantised, dtype: torch.dtype) -> tor
         assert isinstance(wanted, torch.dtype)
         return wanted
     return quantised.scale.dtype if quantised.scale.dtype == torch.bfloat16 else dtype
+
+
+def _bind_experts(module: Any, leaf: str, numbers: Numbers, quantised: Quantised) -> None:
+    """Lets fused experts multiply by one of their matrices as the format does; the other's product stays as it is."""
+    products: dict[str, experts.Product] | None = vars(module).get("_simulated")
+    if products is None:
+        products = {name: _plain_product(module, name) for name in experts.MATRICES}
+        module._simulated = products
+        module.forward = types.MethodType(_applies(products), module)
+    parts = experts.split(quantised, module.num_experts)
+    if numbers.linear is not None:
+        products[leaf] = lambda expert, inputs: numbers.compute(inputs, parts[expert], None)
+    elif numbers.activation is not None:
+        plain, rounded = _plain_product(module, leaf), numbers.activation
+        products[leaf] = lambda expert, inputs: plain(expert, rounded(inputs))
+
+
+def _applies(products: Mapping[str, experts.Product]) -> Callable[[Any, Tensor, Tensor, Tensor], Tensor]:
+    def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return experts.apply_experts(self, hidden_states, top_k_index, top_k_weights, products)
+
+    return forward
+
+
+def _plain_product(module: Any, leaf: str) -> experts.Product:
+    return lambda expert, inputs: nn.functional.linear(inputs, getattr(module, leaf)[expert])
 
 
 def _multiplies(numbers: Numbers, quantised: Quantised) -> Callable[[Any, Tensor], Tensor]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quantize.experts import has_experts
 from quantize.grid import GridFile, quantise_weight
 from quantize.storage import SHARD_SIZE, parts_of, save_settings, torchao_metadata, write_weights
 from quantize.tensor_files import Place
@@ -57,6 +58,8 @@ def why_not(model: Any, places: Mapping[str, Place], dtype: torch.dtype) -> str 
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
+    if has_experts(model):
+        return "its experts are fused"
     if model.is_remote_code():
         return "the model brings code of its own"
     if any(isinstance(each, WeightConverter) for each in get_model_conversion_mapping(model)):

@@ -82,6 +82,8 @@ class LoraConfig(Section):
     """Dropout on the adapter's input."""
     target_modules: str | list[str] = "all-linear"
     """Which linears get an adapter: all-linear, a list of last name parts, or a regular expression."""
+    target_parameters: list[str] | None = None
+    """Fused experts that get an adapter each: [gate_up_proj, down_proj], or longer ends of parameters' names."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r)."""
     use_dora: bool = False

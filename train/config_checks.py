@@ -13,7 +13,7 @@ from pathlib import Path
 from quantize.algorithms import are_calibrated, check_algorithms
 from quantize.errors import UserError
 from quantize.schemes import find_scheme
-from train.config import RunConfig, TrainConfig
+from train.config import LoraConfig, RunConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -260,6 +260,8 @@ def _adapter(config: RunConfig) -> Iterator[Problem]:
         if config.model.load_in_4bit:
             text = "lora.use_dora is not merged into weights that were loaded in 4 bit; leave one of the two out"
             yield Problem(("lora.use_dora", "model.load_in_4bit"), text)
+    if config.lora and config.lora.target_parameters:
+        yield from _expert_adapters(config, config.lora)
     modules = config.lora.target_modules if config.lora else "all-linear"
     if isinstance(modules, str) and modules != "all-linear" and modules.isidentifier():
         text = (
@@ -272,6 +274,19 @@ def _adapter(config: RunConfig) -> Iterator[Problem]:
             re.compile(modules)
         except re.error as error:
             yield Problem(("lora.target_modules",), f"lora.target_modules={modules} is no regular expression: {error}")
+
+
+def _expert_adapters(config: RunConfig, lora: LoraConfig) -> Iterator[Problem]:
+    """What peft's adapters on parameters lack."""
+    if lora.lora_dropout:
+        text = f"lora.lora_dropout={lora.lora_dropout} has no place in adapters on experts; set lora.lora_dropout=0"
+        yield Problem(("lora.target_parameters", "lora.lora_dropout"), text)
+    if lora.use_dora:
+        text = "lora.use_dora is not offered by peft for adapters on experts; set lora.use_dora=false"
+        yield Problem(("lora.target_parameters", "lora.use_dora"), text)
+    if config.model.load_in_4bit:
+        text = "adapters on experts are not merged into a model that was loaded in 4 bit; set model.load_in_4bit=false"
+        yield Problem(("lora.target_parameters", "model.load_in_4bit"), text)
 
 
 def _names(config: RunConfig) -> Iterator[Problem]:

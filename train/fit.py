@@ -303,16 +303,21 @@ def _check_that_it_ran(learner: Learner) -> None:
 
 
 def backend_loss(learner: Learner, samples: Sequence[Sample], batch_size: int) -> float:
-    """Nats per answer token in the training backend's own graph, eval mode, same batches as the plain evaluation."""
+    """Nats per answer token in the training backend's own graph, eval mode, same batches as the plain evaluation.
+
+    Without the loss that balances a router's load, which trl adds in training.
+    """
     import torch
 
     model = learner.model.eval()
     device = next(model.parameters()).device
+    routed = getattr(model.config.get_text_config(), "output_router_logits", False)
+    options = {"output_router_logits": False} if routed else {}
     total, tokens = 0.0, 0
     with torch.no_grad(), learner.computing(), torch.autocast("cuda", torch.bfloat16, enabled=learner.autocasts):
         for _, ids, attention, mask in batches(samples, batch_size):
             labels = ids.masked_fill(~mask, -100).to(device)
-            output = model(input_ids=ids.to(device), attention_mask=attention.to(device), labels=labels)
+            output = model(input_ids=ids.to(device), attention_mask=attention.to(device), labels=labels, **options)
             count = int(mask.sum())
             total += float(output.loss) * count
             tokens += count

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qat.adapters import adapter_of, base_linear, merged_16_bit
+from qat.adapters import adapter_of, base_linear, merged_16_bit, on_experts
+from qat.experts import expert_matrices
 from quantize.convert import copy_companions
+from quantize.experts import has_experts
 from quantize.layers import plain_name
 from train.fit import Learner
 
@@ -29,11 +31,15 @@ def write_merged(learner: Learner, source: Path, output: Path, *, dtype: str, se
     """
     from huggingface_hub import save_torch_state_dict
     from transformers import AutoConfig, GenerationConfig
+    from transformers.core_model_loading import revert_weight_conversion
 
     target = getattr(torch, dtype)
     weights = _source_weights(source) if settings.load_in_4bit else _live_weights(learner.model)
+    for name, matrix in expert_matrices(learner.model).items():
+        if matrix.wrapper is not None:
+            weights[name] = matrix.merged()
     for name, module in learner.model.named_modules():
-        if adapter_of(module)[0] is None:
+        if adapter_of(module)[0] is None or on_experts(module):
             continue
         key = f"{plain_name(name)}.weight"
         if settings.load_in_4bit:
@@ -46,6 +52,10 @@ def write_merged(learner: Learner, source: Path, output: Path, *, dtype: str, se
         else:
             weights[key] = merged_16_bit(module, target)
     state = {name: weight.detach().to("cpu", target).contiguous() for name, weight in weights.items()}
+    if has_experts(learner.model):
+        # An expert's weights apart, under the names that other programs know too.
+        parted = revert_weight_conversion(learner.model.get_base_model(), state)
+        state = {name: weight.clone() for name, weight in parted.items()}
     save_torch_state_dict(state, output, metadata={"format": "pt"})
     config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=settings.trust_remote_code)
     config.dtype = target

@@ -6,6 +6,7 @@ Shapes: `O` out_features, `I` in_features of the linear layers inside the transf
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class ModelSize:
         layers, hidden, vocabulary: numbers of transformer layers, features and tokens.
         source: where this was read.
         named: the names of `linears` are certain; else they are those that a Llama would have.
+        experts: the matrices of fused experts, each counted by itself.
     """
 
     parameters: int
@@ -67,11 +69,17 @@ class ModelSize:
     vocabulary: int
     source: str
     named: bool = False
+    experts: tuple[Linear, ...] = ()
 
     @property
     def linear_weights(self) -> int:
-        """Weights of the linear layers: what is quantised."""
+        """Weights of the linear layers."""
         return sum(linear.weights for linear in self.linears)
+
+    @property
+    def quantised_weights(self) -> int:
+        """Weights of what a scheme quantises: the linear layers, and the matrices of experts."""
+        return self.linear_weights + sum(matrix.weights for matrix in self.experts)
 
 
 class UnknownSize(Exception):
@@ -87,7 +95,8 @@ def find_size(config: ModelConfig) -> ModelSize:
     if config.random is not None:
         shape = {"model_type": config.architecture, **config.shape}
         if config.random == "tiny":
-            shape = {**models.TINY_SHAPE, "vocab_size": _BYTE_VOCABULARY, **shape}
+            few = models.TINY_EXPERTS if re.search("moe|mixtral", config.architecture or "") else {}
+            shape = {**models.TINY_SHAPE, **few, "vocab_size": _BYTE_VOCABULARY, **shape}
         return size_of(shape, "model.shape" if config.shape else "the tiny shape")
     if config.id.startswith("pypi:"):
         try:
@@ -123,14 +132,19 @@ def size_of(settings: Mapping[str, Any], source: str) -> ModelSize:
     linears = _attention(model_type, hidden, query, key, layers)
     if not experts:
         linears += _mlp(model_type, hidden, inner, layers)
-    inside = sum(linear.weights for linear in linears)
-    if experts:  # 3-D parameters, out of reach of adapters and of quantisation
-        inside += layers * experts * 3 * hidden * int(settings.get("moe_intermediate_size") or inner)
+    fused: tuple[Linear, ...] = ()
+    if experts:
+        inner = int(settings.get("moe_intermediate_size") or inner)
+        fused = (
+            Linear("gate_up_proj", hidden, 2 * inner, layers * experts),
+            Linear("down_proj", inner, hidden, layers * experts),
+        )
+    inside = sum(linear.weights for linear in (*linears, *fused))
     tied = settings.get("tie_word_embeddings")
     tied = model_type in _TIED if tied is None else tied
     parameters = inside + vocabulary * hidden * (1 if tied else 2) + (2 * layers + 1) * hidden
     named = model_type in _NAMED and not experts and not inside_another
-    return ModelSize(parameters, linears, layers, hidden, vocabulary, source, named)
+    return ModelSize(parameters, linears, layers, hidden, vocabulary, source, named, fused)
 
 
 def _attention(model_type: str, hidden: int, query: int, key: int, layers: int) -> tuple[Linear, ...]:

@@ -34,6 +34,8 @@ TINY_SHAPE: Mapping[str, Any] = {
     "head_dim": 32,
     "max_position_embeddings": 2048,
 }
+TINY_EXPERTS: Mapping[str, Any] = {"moe_intermediate_size": 128, "num_local_experts": 4, "num_experts_per_tok": 2}
+"""The same of the architectures that have experts."""
 _TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -160,7 +162,8 @@ def _write_random(config: ModelConfig, seed: int, folder: Path) -> None:
 
     tokenizer = byte_tokenizer()
     known = AutoConfig.for_model(config.architecture).to_dict()
-    shape = {name: value for name, value in TINY_SHAPE.items() if config.random == "tiny" and name in known}
+    small = {**TINY_SHAPE, **TINY_EXPERTS} if config.random == "tiny" else {}
+    shape = {name: value for name, value in small.items() if name in known}
     if config.random == "tiny":
         shape["vocab_size"] = len(tokenizer)
         if known.get("layer_types"):

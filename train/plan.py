@@ -146,8 +146,8 @@ def _memory(config: RunConfig, size: ModelSize, device: str) -> dict[str, int]:
         "logits": (tokens if whole_logits else min(tokens, _CHUNK_TOKENS)) * size.vocabulary * 12,
     }
     if config.qat:
-        largest = max(linear.inputs * linear.outputs for linear in size.linears)
-        held = size.linear_weights // (size.layers if checkpointing else 1)
+        largest = max(linear.inputs * linear.outputs for linear in (*size.linears, *size.experts))
+        held = size.quantised_weights // (size.layers if checkpointing else 1)
         parts["fake-quantised copies"] = held * width + 3 * 4 * largest
     return parts
 
@@ -160,11 +160,11 @@ def _disk(config: RunConfig, size: ModelSize, device: str) -> dict[str, int]:
     parts = {"checkpoints (two are kept)": 2 * state * twins, "adapter": adapter * twins, "merged": merged * twins}
     if config.scheme_name and not cannot_run(config, device):
         group = config.quantize.group_size or find_scheme(config.scheme_name).group_size
-        scales = size.linear_weights * 4 // group if group else 0
-        rest = (size.parameters - size.linear_weights) * _BYTES[merged_dtype(config, device)]
+        scales = size.quantised_weights * 4 // group if group else 0
+        rest = (size.parameters - size.quantised_weights) * _BYTES[merged_dtype(config, device)]
         wide = sum(_kept(config, line) * line.weights // line.count for line in size.linears)
         rest += wide * (_BYTES[merged_dtype(config, device)] - 1)
-        parts["quantized (at most)"] = size.linear_weights + scales + rest
+        parts["quantized (at most)"] = size.quantised_weights + scales + rest
     return parts
 
 
@@ -196,6 +196,8 @@ def coverage_obstacles(config: RunConfig, size: ModelSize) -> Iterator[str]:
     scheme = find_scheme(config.scheme_name)
     group = config.quantize.group_size or scheme.group_size or 1
     wanted = [line for line in size.linears if _kept(config, line) < line.count]
+    matrices = {matrix: f"model.layers.0.mlp.experts.{matrix.name}" for matrix in size.experts}
+    wanted += [matrix for matrix, name in matrices.items() if not is_kept(name, config.quantize.skip)]
     left_out = {line.inputs: line.name for line in wanted if line.inputs % group}
     share = sum(line.weights for line in wanted if line.inputs % group == 0) / max(sum(w.weights for w in wanted), 1)
     if wanted and share < (config.fake_quant.min_coverage if config.qat else 1e-9):
@@ -263,6 +265,8 @@ def _trained(config: RunConfig, size: ModelSize) -> int:
     taken = [
         line for line in size.linears if isinstance(modules, str) or line.name in {m.split(".")[-1] for m in modules}
     ]
+    leaves = {name.split(".")[-1] for name in config.lora.target_parameters or ()}
+    taken += [matrix for matrix in size.experts if matrix.name in leaves]
     return config.lora.r * sum((linear.inputs + linear.outputs) * linear.count for linear in taken)
 
 

@@ -43,12 +43,14 @@ def refuse_misplaced_adapters(shape: nn.Module, config: RunConfig) -> None:
     from train.backends.peft import lora_settings
 
     assert config.lora is not None
-    if config.model.backend == "unsloth" and config.lora.target_modules == "all-linear":
+    unsloth = config.model.backend == "unsloth"
+    if unsloth and config.lora.target_modules == "all-linear" and not config.lora.target_parameters:
         return  # unsloth is given the linear layers' names
     try:
-        wrapped = peft.get_peft_model(shape, lora_settings(config.lora))
+        wrapped = peft.get_peft_model(shape, lora_settings(config.lora, shape))
     except ValueError as error:
-        raise UserError(f"lora.target_modules={config.lora.target_modules}: {error}") from error
+        on = f" and lora.target_parameters={config.lora.target_parameters}" if config.lora.target_parameters else ""
+        raise UserError(f"lora.target_modules={config.lora.target_modules}{on}: {error}") from error
     refuse_unmergeable(wrapped)
 
 

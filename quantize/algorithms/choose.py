@@ -24,7 +24,7 @@ from quantize.algorithms.scaling import best_scale
 from quantize.algorithms.structure import find_blocks, find_links
 from quantize.errors import UserError
 from quantize.grid import quantised_weights
-from quantize.layers import Coverage, embedding_name, untie
+from quantize.layers import Coverage, embedding_name, find_weight, untie
 from quantize.numerics import Numbers, Quantised
 from quantize.schemes import Scheme, Target
 
@@ -108,12 +108,12 @@ def choose_numbers(
     outside = [name for name in coverage.layers if name not in grid]
     if grid and outside:
         without = " and ".join(name for name in ordered if ALGORITHMS[name].calibrated)
-        notes.append(f"outside the decoder blocks, so without {without}: {', '.join(outside)}")
+        notes.append(f"outside the blocks' linear layers, so without {without}: {', '.join(outside)}")
     for name in outside:
-        weight = model.get_submodule(name).weight
+        weight = getattr(*find_weight(model, name)).flatten(0, -2)  # the rows of all experts, where they are fused
         grid[name] = round_weight(pick_rounding(ordered), format_.numbers, weight, group_size, dtype).compact()
     if scheme.embedding is not None:
-        for _, _, quantised in quantised_weights(model, scheme, target, group_size, (), None):
+        for _, _, _, quantised in quantised_weights(model, scheme, target, group_size, (), None):
             grid[embedding_name(model)] = quantised
     return Chosen(grid, notes)
 

@@ -59,6 +59,7 @@ def _placed(word: str, root: Path) -> str:
 def test_a_documented_command_works(place: str, runs: Any, tmp_path: Path) -> None:
     command, *words = shlex.split(DOCUMENTED[place])
     if command == "quantize":
+        words = [_placed(word, runs.root) for word in words]
         here = (
             ["--root", str(runs.root), "--output", str(tmp_path)]
             if words[0] in ("compare", "sensitivity", "eval")

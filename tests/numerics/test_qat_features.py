@@ -12,7 +12,7 @@ from torch import nn
 from qat.adapters import base_linear, merged_of, refuse_unmergeable
 from qat.prepare import Prepared, prepare_qat, remove_qat
 from quantize.errors import UserError
-from quantize.layers import select_layers
+from quantize.layers import is_plain_linear, select_layers
 from quantize.numerics import best_factor
 from quantize.schemes import SCHEMES
 from quantize.simulate import simulate_
@@ -298,9 +298,9 @@ def test_a_group_size_that_divides_no_layer_is_refused() -> None:
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 
-def test_fused_experts_count_as_weights_that_are_not_quantised() -> None:
-    coverage = select_layers(tiny_model("qwen3_moe", **MOE), SCHEMES["int3"], 32)
-    assert "outside a linear layer" in coverage.skipped["model.layers.0.mlp.experts.gate_up_proj"]
+def test_fused_experts_that_a_format_does_not_reach_count_as_weights() -> None:
+    coverage = select_layers(tiny_model("qwen3_moe", **MOE), SCHEMES["mxfp4"], 32)
+    assert "holds no fused experts" in coverage.skipped["model.layers.0.mlp.experts.gate_up_proj"]
     assert coverage.quantized_fraction < 0.5
     dense = select_layers(tiny_model(), SCHEMES["int3"], 32)
     assert dense.quantized_fraction == 1.0 and set(dense.skipped) == {"lm_head"}
@@ -318,7 +318,8 @@ def test_adapters_on_what_is_no_linear_layer_are_refused(architecture: str, opti
 def test_a_linear_layer_with_a_forward_of_its_own_keeps_it() -> None:
     model = with_lora(tiny_model("phimoe", num_local_experts=4, num_experts_per_tok=2), target_modules=["q_proj"])
     prepared = _prepare(model, "int3")
-    assert "computes more than a linear layer" in prepared.coverage.skipped["model.layers.0.mlp.router"]
+    assert "a router keeps 16 bit" in prepared.coverage.skipped["model.layers.0.mlp.router"]
+    assert not is_plain_linear(model.get_submodule("base_model.model.model.layers.0.mlp.router"))
     assert logits_of(model).isfinite().all()
 
 

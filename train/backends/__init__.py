@@ -55,6 +55,13 @@ def pick_backend(name: str) -> Backend:
     return PeftBackend()
 
 
+def linear_names(model: Any) -> list[str]:
+    """What `all-linear` means: the last parts of the names of the model's linear layers, lm_head left out."""
+    from quantize.layers import linear_layers
+
+    return sorted({name.rsplit(".", 1)[-1] for name, _ in linear_layers(model)} - {"lm_head"})
+
+
 def initialise_adapters(model: Any, seed: int) -> None:
     """Draws LoRA's A on the CPU from one seed, so that every backend and device starts from the same numbers.
 

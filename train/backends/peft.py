@@ -7,19 +7,27 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize.experts import has_experts
+from train.backends import linear_names
+
 if TYPE_CHECKING:
     from train.config import LoraConfig, ModelConfig
 
 
-def lora_settings(lora: LoraConfig) -> Any:
-    """peft's LoraConfig of the section `lora`."""
+def lora_settings(lora: LoraConfig, model: Any) -> Any:
+    """peft's LoraConfig of the section `lora`.
+
+    With fused experts peft's own all-linear takes these and the router, too; here `target_parameters` names them.
+    """
     import peft
 
+    names = lora.target_modules == "all-linear" and has_experts(model)
     return peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
-        target_modules=lora.target_modules,
+        target_modules=linear_names(model) if names else lora.target_modules,
+        target_parameters=lora.target_parameters,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         task_type="CAUSAL_LM",
@@ -58,7 +66,7 @@ class PeftBackend:
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
-        return peft.get_peft_model(model, lora_settings(lora))
+        return peft.get_peft_model(model, lora_settings(lora, model))
 
     def computing(
         self, fake_quantised: Collection[str], *, dtype: str, logits: bool = False

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import unsloth  # noqa: F401  first of all: it patches transformers and trl
 
+from train.backends import linear_names
+
 if TYPE_CHECKING:
     from train.config import LoraConfig, ModelConfig
 
@@ -41,11 +43,12 @@ class UnslothBackend:
 
         targets = lora.target_modules
         if targets == "all-linear":
-            targets = sorted({name.rsplit(".", 1)[-1] for name in _linear_names(model)})
+            targets = linear_names(model)
         return FastLanguageModel.get_peft_model(
             model,
             r=lora.r,
             target_modules=targets,
+            target_parameters=lora.target_parameters or [],  # None lets unsloth choose experts by itself
             lora_alpha=lora.lora_alpha,
             lora_dropout=lora.lora_dropout,
             use_rslora=lora.use_rslora,
@@ -79,9 +82,3 @@ class UnslothBackend:
                     os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
-
-
-def _linear_names(model: Any) -> list[str]:
-    from quantize.layers import linear_layers
-
-    return [name for name, _ in linear_layers(model) if not name.endswith("lm_head")]
