@@ -11,7 +11,7 @@ the GPU computes in one step: where it is well below `ms`, the step waits for th
 Arms: `lora` (Unsloth), `ours/SCHEME` (Unsloth with our fake quantisation), `plain/SCHEME` (the same without fused
 kernels), `unsloth-qat/SCHEME` (Unsloth's qat_scheme), and with plain PEFT `peft-lora`, `peft-ours/SCHEME` and
 `peft-torchao/SCHEME` (torchao's fake quantisers on the frozen layers). `+NAME=VALUE` after an arm sets an environment
-variable: `lora+UNSLOTH_BLOCK_COMPILE=0`.
+variable: `lora+UNSLOTH_BLOCK_COMPILE=0`. A shape with experts trains adapters on them too.
 """
 
 from __future__ import annotations
@@ -47,6 +47,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-8b": {
         "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False,
+    },
+    "qwen3-30b-a3b": {
+        "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_local_experts": 128,
+        "num_experts_per_tok": 8, "vocab_size": 151936, "tie_word_embeddings": False,
+    },
+    "tiny-moe": {
+        "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "vocab_size": 512, "tie_word_embeddings": True,
     },
 }  # fmt: skip
 TORCHAO_NAMES = {"fp8": "fp8-fp8"}
@@ -207,7 +217,8 @@ def _write_model(options: argparse.Namespace) -> int:
     tokenizer = byte_tokenizer()
     shape = SHAPES[options.shape] | ({"num_hidden_layers": options.layers} if options.layers else {})
     tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    config = AutoConfig.for_model("qwen3", max_position_embeddings=40960, rope_theta=1e6, **shape, **tokens)
+    kind = "qwen3_moe" if "num_local_experts" in shape else "qwen3"
+    config = AutoConfig.for_model(kind, max_position_embeddings=40960, rope_theta=1e6, **shape, **tokens)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -225,6 +236,7 @@ def _build(options: argparse.Namespace) -> Any:
     import torch
 
     from qat.prepare import prepare_qat
+    from quantize.experts import MATRICES
     from train.config import LoraConfig, ModelConfig
 
     cuda = torch.cuda.is_available()
@@ -232,7 +244,8 @@ def _build(options: argparse.Namespace) -> Any:
     model = backend.load(
         Path(options.folder), ModelConfig(id=options.folder), dtype=dtype, max_length=options.length, full=False
     )
-    lora = LoraConfig(r=options.rank, lora_alpha=options.rank)
+    experts = list(MATRICES) if "num_local_experts" in SHAPES[options.shape] else None
+    lora = LoraConfig(r=options.rank, lora_alpha=options.rank, target_parameters=experts)
     if kind == "unsloth-qat":
         model = _unsloth_own(model, lora, scheme, options)
     else:

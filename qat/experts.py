@@ -60,7 +60,7 @@ class ExpertMatrix:
 
     def adapters(self) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
         """Each expert's A (R, I) and B (O, R), as views of peft's parameters; None without an adapter in use."""
-        count = self.experts.num_experts
+        count = experts.count_of(self.experts)
         if self.wrapper is None or self.wrapper.disable_adapters:
             return (None,) * count, (None,) * count
         lora_a, lora_b = (matrices[self._adapter].weight for matrices in (self.wrapper.lora_A, self.wrapper.lora_B))
@@ -72,7 +72,7 @@ class ExpertMatrix:
 
     def projections(self, factor: Tensor | None) -> list[Projection]:
         """What each expert multiplies. factor: (E * O, G) of the ranges."""
-        count = self.experts.num_experts
+        count = experts.count_of(self.experts)
         factors = (None,) * count if factor is None else factor.reshape(count, -1, factor.shape[-1]).unbind(0)
         parts = zip(self.weight.unbind(0), *self.adapters(), factors, strict=True)
         return [Projection(weight, lora_a, lora_b, None, each) for weight, lora_a, lora_b, each in parts]
@@ -119,7 +119,9 @@ def experts_forward(
         inside: the adapters are inside the fake quantisers.
     """
     held = matrices[0][0].experts
-    each = {matrix.leaf: _apart(numerics, held.num_experts) for matrix, numerics in matrices if numerics is not None}
+    each = {
+        matrix.leaf: _apart(numerics, experts.count_of(held)) for matrix, numerics in matrices if numerics is not None
+    }
 
     def product(matrix: ExpertMatrix, numerics: LayerNumerics | None) -> experts.Product:
         _refuse_changed(matrix, numerics)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,12 +29,21 @@ Product = Callable[[int, Tensor], Tensor]
 
 
 def is_fused(module: Any) -> bool:
-    """Whether a module holds fused experts whose matrices lie as a linear layer's, (O, I), without a bias."""
-    marks = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
-    if any(getattr(module, name, None) is not value for name, value in marks.items()):
+    """Whether a module holds fused experts whose matrices lie as a linear layer's, (O, I), without a bias.
+
+    Told by shapes: unsloth rebuilds the classes of transformers without the marks that say how the matrices lie.
+    """
+    both, down = (module._parameters.get(name) for name in MATRICES)
+    if both is None or down is None or both.dim() != 3 or down.dim() != 3:
         return False
-    parameters = [module._parameters.get(name) for name in MATRICES]
-    return all(parameter is not None and parameter.dim() == 3 for parameter in parameters)
+    if any("bias" in name for name in module._parameters) or not getattr(module, "is_concatenated", True):
+        return False
+    return tuple(both.shape) == (down.shape[0], 2 * down.shape[2], down.shape[1])
+
+
+def count_of(module: Any) -> int:
+    """How many experts are fused in a module."""
+    return int(module._parameters[MATRICES[0]].shape[0])
 
 
 def has_experts(model: nn.Module) -> bool:
@@ -118,6 +128,11 @@ def let_tensors_select() -> None:
                 return func(*args, **kwargs)
 
 
+def _gated(activation: Callable[[Tensor], Tensor], both: Tensor) -> Tensor:
+    gate, up = both.chunk(2, dim=-1)
+    return activation(gate) * up
+
+
 def apply_experts(
     experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, products: Mapping[str, Product]
 ) -> Tensor:
@@ -133,12 +148,13 @@ def apply_experts(
     Returns:
         (N, I).
     """
+    count, gated = count_of(experts), getattr(experts, "_apply_gate", None) or partial(_gated, experts.act_fn)
     output = torch.zeros_like(hidden)
     for expert in torch.unique(chosen).tolist():
-        if expert >= experts.num_experts:  # stands for none, where experts are shared among devices
+        if expert >= count:  # stands for none, where experts are shared among devices
             continue
         place, token = torch.where(expert == chosen.T)
-        inner = experts._apply_gate(products["gate_up_proj"](expert, hidden[token]))
+        inner = gated(products["gate_up_proj"](expert, hidden[token]))
         found = products["down_proj"](expert, inner) * weights[token, place, None]
         output.index_add_(0, token, found.to(output.dtype))
     return output

@@ -206,7 +206,8 @@ def expert_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _routers(model: nn.Module) -> Iterator[str]:
     """Names of the modules that choose among fused experts: those beside them, with a row of weights an expert."""
-    beside = {plain_name(name).rpartition(".")[0]: each.num_experts for name, each in experts.fused_experts(model)}
+    fused = experts.fused_experts(model)
+    beside = {plain_name(name).rpartition(".")[0]: experts.count_of(each) for name, each in fused}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is not None and weight.dim() == 2:

@@ -67,7 +67,7 @@ def _bind_experts(module: Any, leaf: str, numbers: Numbers, quantised: Quantised
         products = {name: _plain_product(module, name) for name in experts.MATRICES}
         module._simulated = products
         module.forward = types.MethodType(_applies(products), module)
-    parts = experts.split(quantised, module.num_experts)
+    parts = experts.split(quantised, experts.count_of(module))
     if numbers.linear is not None:
         products[leaf] = lambda expert, inputs: numbers.compute(inputs, parts[expert], None)
     elif numbers.activation is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,11 @@ class Release:
     def is_run(self) -> bool:
         """It was trained or measured by a run."""
         return bool(self.metrics)
+
+    @property
+    def experts(self) -> bool:
+        """Fused experts are quantised in it (`quantize.experts`)."""
+        return ".experts." in json.dumps(self.settings.get("quantization_config") or {})
 
     @property
     def qat(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -52,17 +53,24 @@ def transformers_code(release: Release) -> str:
         ]
     else:
         encode = [f'inputs = tokenizer("{_PROMPT}", return_tensors="pt").to(model.device)']
-    lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
+    experts = ', experts_implementation="eager"' if release.experts else ""
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    if release.experts and _is_intx(release):
+        lines[:0] = ["from quantize.experts import let_tensors_select  # of ongrid"]
+        lines += ["let_tensors_select()  # torchao cannot pick one of many experts in this layout"]
+    lines += [
         f'model_id = "{release.name}"',
         f"tokenizer = AutoTokenizer.from_pretrained(model_id{trust})",
-        f'model = AutoModelForCausalLM.from_pretrained(model_id, device_map="{device}"{trust})',
+        f'model = AutoModelForCausalLM.from_pretrained(model_id, device_map="{device}"{experts}{trust})',
         *encode,
         "outputs = model.generate(**inputs, max_new_tokens=64, do_sample=False)",
         'print(tokenizer.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
     return "\n".join(lines)
+
+
+def _is_intx(release: Release) -> bool:
+    return "Intx" in json.dumps(release.settings.get("quantization_config") or {})
 
 
 def _where(release: Release) -> str:
@@ -86,6 +94,9 @@ def _kernels(release: Release) -> list[str]:
 
 
 def _vllm(release: Release) -> Iterator[Block]:
+    if release.experts:
+        yield Paragraph("No command is given: fused experts in torchao's layouts were never loaded there by us.")
+        return
     extra = _VLLM.get((release.scheme or "", release.target or ""))
     if extra is not None:
         torchao = _pinned(release, "torchao")
@@ -104,6 +115,9 @@ def _vllm(release: Release) -> Iterator[Block]:
 
 
 def _executorch(release: Release) -> Iterator[Block]:
+    if release.experts:
+        yield Paragraph("Not for a mixture of experts: the exporter knows dense decoders.")
+        return
     if release.scheme in _EXECUTORCH:
         yield Paragraph(
             "A .pte for phones and CPUs, with the XNNPACK backend and a KV cache, from the quantised weights as they "

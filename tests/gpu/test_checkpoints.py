@@ -24,6 +24,7 @@ pytestmark = [
 ]
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
 ON_CUDA = [
     (name, target) for name, scheme in SCHEMES.items() for target, found in scheme.targets.items() if found.needs
 ]
@@ -41,9 +42,9 @@ def _same_models(ours: Any, theirs: Any) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "target_name"), ON_CUDA)
-@pytest.mark.parametrize("algorithm", [None, "hqq"])
+@pytest.mark.parametrize(("architecture", "algorithm"), [("qwen3", None), ("qwen3", "hqq"), ("qwen3_moe", None)])
 def test_a_checkpoint_comes_back_to_the_bit(
-    scheme: str, target_name: str, algorithm: str | None, tmp_path: Path
+    scheme: str, target_name: str, architecture: str, algorithm: str | None, tmp_path: Path
 ) -> None:
     chosen, target = SCHEMES[scheme], find_target(scheme, target_name)
     if missing := missing_for(target):
@@ -51,7 +52,10 @@ def test_a_checkpoint_comes_back_to_the_bit(
     if algorithm and "fp" in scheme and scheme != "fp8-int4":
         pytest.skip("HQQ is for integers")
     size = chosen.pick_group_size(None, target)
-    source = save_plain(tiny_model("qwen3", tied=False, **SHAPE).bfloat16(), tmp_path / "source")
+    source = save_plain(
+        tiny_model(architecture, tied=False, **SHAPE, **(EXPERTS if "moe" in architecture else {})).bfloat16(),
+        tmp_path / "source",
+    )
     coverage = convert_checkpoint(
         source, tmp_path / "out", chosen, target, group_size=size, dtype="bfloat16", device="cuda",
         recipe=Recipe(algorithms=[algorithm] if algorithm else []),

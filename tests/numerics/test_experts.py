@@ -314,3 +314,18 @@ def test_plain_transformers_runs_the_experts_of_a_checkpoint(scheme: str, target
     with torch.inference_mode():
         ours = load_plain(tmp_path / "small")(input_ids=torch.arange(9)[None]).logits.float().norm()
     assert float(done.stdout.split()[-1]) == pytest.approx(float(ours), rel=1e-6)
+
+
+def test_experts_whose_class_was_rebuilt_without_its_marks_are_known() -> None:
+    """Unsloth does so on CUDA: no has_gate, no _apply_gate."""
+    model = adapted(model_of(), *experts.MATRICES)
+    prepared(model, "int8-int4", "cpu")
+    expected = logits_of(model)
+    model = adapted(model_of(), *experts.MATRICES)
+    for _, module in experts.fused_experts(model):
+        for mark in ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_experts"):
+            delattr(module, mark)
+        module.__class__ = type("Rebuilt", (nn.Module,), {"forward": lambda self: None})
+    found = prepared(model, "int8-int4", "cpu")
+    assert found.coverage.quantized_fraction == 1.0
+    assert torch.equal(logits_of(model), expected)

@@ -350,3 +350,24 @@ def test_the_code_of_a_card_runs_as_shown(tmp_path: Path) -> None:
         "assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)"
     )
     run_python("\n".join([load, loaded, shown, equal]), tmp_path)
+
+
+@pytest.mark.parametrize(("name", "target"), [("int8-int4", "cpu"), ("int8", "cpu")])
+def test_the_code_for_a_mixture_of_experts_runs_as_shown(name: str, target: str, tmp_path: Path) -> None:
+    from tiny_models import save_plain, tiny_model
+
+    from quantize.convert import convert_checkpoint
+    from quantize.schemes import find_scheme
+
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    plain = save_plain(tiny_model("qwen3_moe", vocab_size=259, tied=False, **experts), tmp_path / "plain")
+    scheme, folder = find_scheme(name), tmp_path / "converted"
+    convert_checkpoint(
+        plain, folder, scheme, scheme.find_target(target), group_size=scheme.group_size, dtype="float32", device="cpu",
+        named="Qwen/Qwen3-30B-A3B",
+    )  # fmt: skip
+    card = card_of(folder)
+    load, *_ = blocks_of(card, "python")
+    assert 'experts_implementation="eager"' in load and ("let_tensors_select()" in load) == (name == "int8-int4")
+    assert "fused experts in torchao's layouts were never loaded there" in card and "Not for a mixture" in card
+    run_python(load, tmp_path)
