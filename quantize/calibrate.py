@@ -31,21 +31,34 @@ class Recipe:
     Attributes:
         algorithms: names of `quantize.algorithms`; empty = round to nearest.
         data: calibration text (see `quantize.texts`); None = none is needed.
+        task: a benchmark whose samples are the data (see `quantize.task_text`).
         samples: how many of its samples.
         held_out: a run's held-out samples (.parquet), which are left out of `data`.
     """
 
     algorithms: Sequence[str] = ()
     data: Path | None = None
+    task: str | None = None
     samples: int = SAMPLES
     held_out: Path | None = None
 
     @classmethod
     def of_job(cls, job: Mapping[str, Any]) -> Recipe:
-        """From a worker's job: keys algorithms and calibration {data, samples, held_out}, all optional."""
+        """From a worker's job: keys algorithms and calibration {data, task, samples, held_out}, all optional."""
         found = job.get("calibration") or {}
-        paths = {key: Path(found[key]) for key in ("data", "held_out") if found.get(key)}
-        return cls(algorithms=tuple(job.get("algorithms") or ()), samples=found.get("samples") or SAMPLES, **paths)
+        data, held_out = (Path(found[key]) if found.get(key) else None for key in ("data", "held_out"))
+        return cls(
+            algorithms=tuple(job.get("algorithms") or ()),
+            data=data,
+            task=found.get("task"),
+            samples=found.get("samples") or SAMPLES,
+            held_out=held_out,
+        )
+
+    @property
+    def named(self) -> str:
+        """The data by its name."""
+        return f"task:{self.task}" if self.task else str(self.data)
 
     @property
     def loads_model(self) -> bool:
@@ -75,25 +88,33 @@ def load_calibration(recipe: Recipe, tokenizer: Any) -> Calibration:
         UserError: it cannot be read, or is too short.
     """
     from quantize.evaluate import batches
+    from quantize.task_text import task_samples
     from quantize.texts import load_samples
 
-    if recipe.data is None:
+    if recipe.data is None and recipe.task is None:
         raise UserError(
             f"{', '.join(recipe.algorithms)}: calibration data is needed; name some (--calibration FILE, or "
             "quantize.calibration in a config)"
         )
     held_out = _held_out(recipe.held_out)
-    found = load_samples(recipe.data, tokenizer, recipe.samples + len(held_out), option="calibration data")
+    if recipe.task is not None:
+        found = task_samples(recipe.task, tokenizer, recipe.samples)
+    else:
+        assert recipe.data is not None
+        found = load_samples(recipe.data, tokenizer, recipe.samples + len(held_out), option="calibration data")
     samples = [sample for sample in found if tuple(sample.input_ids) not in held_out]
     left_out, samples = len(found) - len(samples), samples[: recipe.samples]
     tokens = sum(len(sample.input_ids) for sample in samples)
     if tokens < _LEAST_TOKENS:
         dropped = f", {left_out} held-out samples left out" if left_out else ""
         raise UserError(
-            f"calibration data {recipe.data}: {tokens} tokens in {len(samples)} samples{dropped} are too short to tell "
-            f"channels apart; give {_LEAST_TOKENS} tokens at least, {SAMPLES} samples are usual"
+            f"calibration data {recipe.named}: {tokens} tokens in {len(samples)} samples{dropped} are too short to "
+            f"tell channels apart; give {_LEAST_TOKENS} tokens at least, {SAMPLES} samples are usual"
         )
-    about = {"data": recipe.data.name, "samples": len(samples), "tokens": tokens, "left_out": left_out}
+    name = recipe.named if recipe.data is None else recipe.data.name
+    about = {"data": name, "samples": len(samples), "tokens": tokens, "left_out": left_out}
+    if recipe.task is not None:
+        about |= {"task": recipe.task, "asked": recipe.samples}
     return Calibration([(ids, attention) for _, ids, attention, _ in batches(samples, _ROWS)], about)
 
 

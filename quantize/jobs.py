@@ -76,8 +76,9 @@ class Jobs:
         assert self.format is not None, "nothing is quantised in this run"
         found = dict(self.format)
         if found.get("calibration"):
-            paths = {key: str(self.run / found["calibration"][key]) for key in ("data", "held_out")}
-            found["calibration"] = found["calibration"] | paths
+            own = found["calibration"]
+            paths = {key: str(self.run / own[key]) for key in ("data", "held_out") if own.get(key)}
+            found["calibration"] = own | paths
         return found
 
     @property

@@ -21,6 +21,8 @@ from quantize.errors import UserError
 if TYPE_CHECKING:
     from quantize.tasks import Settings
 
+PREFIX = "task:"
+"""What names a benchmark where calibration data is named: `task:arc_easy`."""
 RELEASE13: Mapping[str, str] = {
     "mmlu": "mmlu",
     "mmlu_pro": "mmlu_pro",
@@ -107,13 +109,19 @@ def _no_file(spec: str) -> str:
     return f"eval.tasks: there is no file {spec}, neither as given nor packaged (looked for: {looked}){packaged}"
 
 
+def task_name(named: str | None) -> str | None:
+    """The task that `task:NAME` names; None where the name is that of a file."""
+    return named.removeprefix(PREFIX) if named is not None and named.startswith(PREFIX) else None
+
+
 def fingerprint(tasks: Mapping[str, Mapping[str, Any]], settings: Settings) -> str:
     """Of all that decides the samples and their scoring: settings, task definitions, documents, lm-eval's version.
 
     Where local files lie is no part of it: a run may be finished on another machine.
     """
     digest = hashlib.sha256(_lm_eval_version().encode())
-    digest.update(json.dumps(asdict(settings) | {"names": list(tasks)}).encode())
+    asked = {key: value for key, value in asdict(settings).items() if key != "left_out"}  # what is left is looked at
+    digest.update(json.dumps(asked | {"names": list(tasks)}).encode())
     for name, leaves in tasks.items():
         for leaf, task in leaves.items():
             definition = json.dumps([name, leaf, _without_folders(task.dump_config())], default=_plain, sort_keys=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class Settings:
         chat_template: put prompts into the model's chat template.
         batch_size: rows at once; None = as many as fit, found by trying (CUDA), or 8 (CPU).
         seed: of the choice of few-shot examples.
+        left_out: task -> how many of its last samples are not run, as they calibrated a model (`quantize.task_text`).
     """
 
     names: Sequence[str]
@@ -70,6 +71,7 @@ class Settings:
     chat_template: bool = False
     batch_size: int | None = None
     seed: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 def load_tasks(settings: Settings) -> dict[str, dict[str, Any]]:
@@ -83,6 +85,7 @@ def load_tasks(settings: Settings) -> dict[str, dict[str, Any]]:
     expanded = expand(settings.names)
     manager = open_manager(expanded)
     found: dict[str, dict[str, Any]] = {}
+    left_out = {spec: count for each, count in settings.left_out.items() for spec in expand([each]).values()}
     for name, spec in expanded.items():
         random.seed(settings.seed)  # some tasks shuffle their choices when they are loaded
         np.random.seed(settings.seed)  # noqa: NPY002  it is theirs to draw from
@@ -93,6 +96,7 @@ def load_tasks(settings: Settings) -> dict[str, dict[str, Any]]:
         for leaf, task in loaded["tasks"].items():
             check_kind(leaf, task)
             _set_few_shot(task, settings)
+            _leave_out(task, left_out.pop(leaf, 0) + left_out.pop(spec, 0))
         for shown, leaves in _by_reported_name(name, loaded, tag=spec in manager.all_tags).items():
             if shown in found:
                 raise UserError(f"eval.tasks: two tasks would be reported as {shown}; name one, or rename its file")
@@ -102,6 +106,15 @@ def load_tasks(settings: Settings) -> dict[str, dict[str, Any]]:
     if twice:
         raise UserError(f"eval.tasks: {', '.join(twice)} would run twice, by itself and in a group; name it once")
     return found
+
+
+def _leave_out(task: Any, count: int) -> None:
+    """Takes the last samples from a task, for whoever asks for its documents from here on."""
+    if not count:
+        return
+    documents = task.eval_docs
+    rest = documents.select(range(len(documents) - count)) if hasattr(documents, "select") else documents[:-count]
+    setattr(task, "test_docs" if task.has_test_docs() else "validation_docs", lambda: rest)
 
 
 def _set_few_shot(task: Any, settings: Settings) -> None:

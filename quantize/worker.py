@@ -365,7 +365,8 @@ def _leave_out_unused(jobs: Sequence[Mapping[str, Any]]) -> None:
     It needs them for assisted decoding and for losses of object detection. lm-eval needs them too: jobs with tasks keep
     them.
     """
-    if not any(job.get("tasks") for job in jobs):
+    formats = [form for job in jobs for form in (job, job.get("simulate") or {})]
+    if not any(job.get("tasks") for job in jobs) and not any((f.get("calibration") or {}).get("task") for f in formats):
         for name in ("sklearn", "scipy"):
             sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # to the import system: not installed
 

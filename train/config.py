@@ -184,8 +184,8 @@ class QuantizeConfig(Section):
     """What chooses the numbers of a run without `qat`: hqq, gptq, awq, ... (`quantize convert --help`), one of a kind;
     [] = round to nearest."""
     calibration: str | None = None
-    """Text for the algorithms that look at activations (.jsonl, .txt, .parquet), held-out rows left out; null = the
-    run's own training rows."""
+    """Text for the algorithms that look at activations (.jsonl, .txt, .parquet), held-out rows left out; task:NAME, the
+    last samples of a benchmark, which its evaluation leaves out; null = the run's own training rows."""
     calibration_samples: int = Field(default=128, ge=1)
     """How many samples of it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

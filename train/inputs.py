@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize.errors import UserError
+from quantize.task_files import task_name
 
 if TYPE_CHECKING:
     from train.config import EvalConfig, RunConfig
@@ -64,9 +65,20 @@ def check_tasks(settings: EvalConfig) -> None:
 
 
 def check_calibration(named: str | None) -> None:
-    """A calibration file that is not there."""
+    """A calibration file that is not there, or a task that lm-eval does not know."""
+    if task := task_name(named):
+        from quantize.tasks import check_names, require_lm_eval
+
+        require_lm_eval()
+        try:
+            check_names([task])
+        except UserError as error:
+            raise UserError(*(line.replace("eval.tasks", "quantize.calibration") for line in error.lines)) from error
+        return
     if named is not None and not Path(named).expanduser().is_file():
-        raise UserError(f"quantize.calibration: there is no file {named}; give a .jsonl, .txt or .parquet file")
+        raise UserError(
+            f"quantize.calibration: there is no file {named}; give a .jsonl, .txt or .parquet file, or task:NAME"
+        )
 
 
 def _check_groups(config: RunConfig) -> None:

@@ -11,6 +11,7 @@ from quantize.algorithms import are_calibrated, check_algorithms
 from quantize.jobs import Jobs
 from quantize.runs import GATHERED_VERSION
 from quantize.schemes import find_scheme
+from quantize.task_files import task_name
 from train.config import EvalConfig
 from train.events import Event, Sinks
 from train.stage_log import Format, StageLog, Tuned, file_fingerprint, fingerprint_of
@@ -73,10 +74,18 @@ class Stages:
             batch_size=config.eval.batch_size,
             trust_remote_code=config.model.trust_remote_code,
             inside=config.qat is not None and config.fake_quant.placement == "inside",
-            tasks=config.eval.task_settings(config.run.seed),
+            tasks=self._task_settings(),
             chat_template=template_text(config.data.chat_template),
             cost_batches=config.eval.cost_batches,
         )
+
+    def _task_settings(self) -> dict[str, Any] | None:
+        """The evaluation's tasks, without the samples that calibrate."""
+        settings, asked = self.config.eval.task_settings(self.config.run.seed), self.config.quantize
+        calibrates = task_name(asked.calibration)
+        if settings is None or calibrates is None:
+            return settings
+        return settings | {"left_out": {calibrates: asked.calibration_samples}}
 
     def _choice(self) -> dict[str, Any]:
         """What chooses the numbers of this run's format, for its jobs."""
@@ -86,6 +95,11 @@ class Stages:
             return {}
         if not are_calibrated(ordered):
             return {"algorithms": list(ordered)}
+        if calibrates := task_name(asked.calibration):
+            return {
+                "algorithms": list(ordered),
+                "calibration": {"task": calibrates, "samples": asked.calibration_samples},
+            }
         # The run's own files by their names in its directory, which may be moved.
         named = str(Path(asked.calibration).expanduser().resolve()) if asked.calibration else "data/train.parquet"
         samples = {"data": named, "samples": asked.calibration_samples, "held_out": "data/eval.parquet"}
@@ -342,5 +356,6 @@ class Stages:
         job = self.format.job()
         if "calibration" in job:
             named = self.config.quantize.calibration
-            job["calibrated_on"] = [self.data_key, named and file_fingerprint(Path(named).expanduser())]
+            text = named and task_name(named) is None and file_fingerprint(Path(named).expanduser())
+            job["calibrated_on"] = [self.data_key, text or named]
         return job if job["skip"] else {key: value for key, value in job.items() if key != "skip"}

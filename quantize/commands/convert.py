@@ -15,6 +15,7 @@ from quantize.commands.recipe import DTYPES, take_recipe
 from quantize.errors import UserError
 from quantize.files import make_folder, read_mapping, writing_to
 from quantize.schemes import SCHEMES, find_scheme
+from quantize.task_files import check_names, task_name
 
 SUMMARY = "quantise a run's merged weights, or any checkpoint; pack or unpack what is quantised"
 
@@ -48,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--calibration", metavar="DATA", help="text for the algorithms that look at activations: .jsonl (text, "
-        "messages, or prompt and completion), .txt, or a run's data/train.parquet",
+        "messages, or prompt and completion), .txt, a run's data/train.parquet, or task:NAME, the last samples of a "
+        "benchmark, which its evaluation then leaves out",
     )  # fmt: skip
     parser.add_argument("--calibration-samples", type=int, metavar="N", help=f"how many of them (default: {SAMPLES})")
     parser.add_argument(
@@ -124,6 +126,9 @@ def _convert_folder(source: Path, named: Path, options: argparse.Namespace) -> N
     ordered = _algorithms(source, options)
     output = _output(source, named, scheme.name, options)
     check_source(source, trust_remote_code=options.trust_remote_code)
+    calibrates = task_name(options.calibration)
+    if calibrates:
+        check_names([calibrates])
     job = {
         "kind": "convert",
         "name": "convert",
@@ -136,7 +141,8 @@ def _convert_folder(source: Path, named: Path, options: argparse.Namespace) -> N
         "dtype": options.dtype or target.dtype or own_dtype(source),
         "algorithms": ordered,
         "calibration": {
-            "data": str(Path(options.calibration).expanduser()) if options.calibration else None,
+            "data": str(Path(options.calibration).expanduser()) if options.calibration and not calibrates else None,
+            "task": calibrates,
             "samples": options.calibration_samples,
         },
         "named": str(source.resolve()) if Path(options.source).expanduser().is_dir() else options.source,
@@ -188,7 +194,9 @@ def _algorithms(source: Path, options: argparse.Namespace) -> list[str]:
         )
     wants = are_calibrated(ordered)
     if wants and not options.calibration:
-        raise UserError(f"--algorithm {' '.join(ordered)} looks at activations; name some text: --calibration FILE")
+        raise UserError(
+            f"--algorithm {' '.join(ordered)} looks at activations; name some text: --calibration FILE, or task:NAME"
+        )
     if options.calibration and not wants:
         said = f"{' '.join(ordered)} looks" if ordered else "round-to-nearest looks"
         raise UserError(f"--calibration {options.calibration}: {said} at no activations; leave it out")

@@ -208,6 +208,7 @@ def _of_folder(asked: Asked) -> Plan:
         data=asked.data,
         samples=asked.samples or 128,
         calibrated=calibrated,
+        tasks=_left_out(record),
         output=asked.output or Path(f"{name.rsplit('/', 1)[-1]}-eval"),
         batch_size=asked.batch_size or 8,
         format=_settings(chosen, model) if keeps_inputs else None,
@@ -248,6 +249,12 @@ def _calibrated(record: Mapping[str, Any], data: Path) -> int:
     """
     found = record.get("calibration") or {}
     return int(found["samples"]) + int(found["left_out"]) if found.get("data") == data.name else 0
+
+
+def _left_out(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of tasks without the samples that chose the model's numbers."""
+    found = record.get("calibration") or {}
+    return {"left_out": {found["task"]: int(found["asked"])}} if found.get("task") else {}
 
 
 def _distinct(model: Model, references: Sequence[Model]) -> list[Model]:

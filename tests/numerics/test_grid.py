@@ -172,6 +172,6 @@ def test_a_simulation_in_float32_rounds_to_the_numbers_that_ship_in_bf16(scheme:
     layer.weight.data = torch.randn(48, 256, generator=torch.Generator().manual_seed(3)).bfloat16().float()
     twin = nn.Linear(256, 48, bias=False, dtype=torch.bfloat16)
     twin.weight.data = layer.weight.data.bfloat16()
-    ((_, _, held),) = quantised_weights(nn.Sequential(layer), SCHEMES[scheme], where, group, ["0"], None)
-    ((_, _, shipped),) = quantised_weights(nn.Sequential(twin), SCHEMES[scheme], where, group, ["0"], None)
+    ((_, _, _, held),) = quantised_weights(nn.Sequential(layer), SCHEMES[scheme], where, group, ["0"], None)
+    ((_, _, _, shipped),) = quantised_weights(nn.Sequential(twin), SCHEMES[scheme], where, group, ["0"], None)
     assert same_bits(held.values, shipped.values) and same_bits(held.scale, shipped.scale)
