@@ -24,7 +24,7 @@ class WeightCache:
     Attributes:
         limit: bytes that it may hold.
         reuse: keep the weights that train, too.
-        size: bytes that are held.
+        size: bytes that are held, counted as they come and go: there are thousands of weights where experts are fused.
     """
 
     limit: int

@@ -22,7 +22,8 @@ from quantize.numerics import Quantised
 MATRICES = ("gate_up_proj", "down_proj")
 """The parameters of fused experts, each (E, O, I)."""
 
-_HOLD_EXPERTS = ("IntxUnpackedToInt8Tensor", "Int8Tensor", "Float8Tensor", "Int4TilePackedTo4dTensor")
+TENSORS = ("IntxUnpackedToInt8Tensor", "Int8Tensor", "Float8Tensor", "Int4TilePackedTo4dTensor")
+"""torchao's tensors of the targets whose `experts` is set (`quantize.formats.Target`)."""
 
 Product = Callable[[int, Tensor], Tensor]
 """(expert, its inputs (n, I)) -> (n, O)."""
@@ -112,7 +113,7 @@ def let_tensors_select() -> None:
     from torchao import quantization
 
     getitem = torch.Tensor.__getitem__
-    for kind in (getattr(quantization, name) for name in _HOLD_EXPERTS):
+    for kind in (getattr(quantization, name) for name in TENSORS):
         if getitem in kind._TORCH_FN_TABLE.get(kind, {}):
             continue
 

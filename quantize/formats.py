@@ -40,7 +40,7 @@ class Target:
     multiple: int = 1
     """in_features and out_features must be multiples of it."""
     experts: bool = False
-    """Its tensor holds the matrices of fused experts (`quantize.experts`) and gives one back by `weight[expert]`."""
+    """Its tensor, one of `quantize.experts.TENSORS`, holds the matrices of fused experts and gives one back."""
     group_sizes: tuple[int, ...] = ()
     """The group sizes that its kernel computes rightly; empty = the scheme's."""
     max_output_error: float = 0.0

@@ -74,7 +74,6 @@ def quantise_weight(weight: torch.Tensor, where: Target, group_size: int | None,
     from quantize.algorithms.rounding import round_weight
 
     weight = weight.flatten(0, -2)
-
     # A simulation may hold a bf16 target in float32; its numbers are those of bf16 all the same.
     dtype = getattr(torch, where.dtype) if where.dtype else weight.dtype
     return round_weight(rounding, where.numbers(), weight, group_size, dtype)

@@ -87,10 +87,10 @@ def measure_layers(
     keep = torch.ones(1, 1, dtype=torch.bool)
 
     def visit(name: str, given: Tensor, expected: Tensor, real: Tensor) -> None:
+        padded = given.shape[:-1].numel() == keep.numel()  # a routed expert gets its tokens without the padding
         inputs, wanted, found = (
-            (tensor.reshape(*keep.shape, -1)[keep] if given.shape[:-1].numel() == keep.numel() else tensor).double()
-            for tensor in (given, expected, real)
-        )  # (tokens, I), (tokens, O), (tokens, O); a routed expert gets its tokens without the padding
+            (tensor.reshape(*keep.shape, -1)[keep] if padded else tensor).double() for tensor in (given, expected, real)
+        )  # (tokens, I), (tokens, O), (tokens, O)
         signal[name] += float(wanted.square().sum())
         noise[name] += float((found - wanted).square().sum())
         energy[name] += float(inputs.square().sum())
