@@ -2,7 +2,8 @@
 
 peft trains the matrices of fused experts, which are parameters and no layers, through `target_parameters`: it wraps the
 module once for each parameter (`ParamWrapper`), and before each forward adds B A of every expert to the weights of all.
-Here only the experts that a token reaches are merged and rounded, one by one, as they ship.
+Here they are merged and rounded as they ship: all at once where the GPU and the format have kernels for that, else
+one by one, and only those that a token reaches.
 
 Shapes: `E` experts, `O` out_features, `I` in_features, `R` rank of an expert's adapter.
 """
@@ -17,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.function import compute_dtype
 from qat.kernels import merged_weight
 from qat.layer import LayerNumerics, Projection
 from qat.linear import fake_quant_linear
+from qat.together import adapter_product, apply_together, fake_quant_product, plain_product, suits
 from quantize import experts
 from quantize.errors import UserError
 from quantize.layers import plain_name
@@ -54,28 +57,43 @@ class ExpertMatrix:
         return 1.0 if self.wrapper is None else float(self.wrapper.scaling[self._adapter])
 
     @property
+    def rank(self) -> int:
+        """R; 0 without an adapter."""
+        return 0 if self.wrapper is None else int(self.wrapper.r[self._adapter])
+
+    @property
     def _adapter(self) -> str:
         (name,) = self.wrapper.active_adapters
         return str(name)
 
-    def adapters(self) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-        """Each expert's A (R, I) and B (O, R), as views of peft's parameters; None without an adapter in use."""
-        count = experts.count_of(self.experts)
+    @property
+    def count(self) -> int:
+        """E."""
+        return experts.count_of(self.experts)
+
+    def projection(self, factor: Tensor | None) -> Projection:
+        """What all experts multiply, one below the other: W (E * O, I), A (E * R, I), B (E * O, R); no adapter in use:
+        None.
+
+        Args:
+            factor: (E * O, G) of the ranges.
+        """
+        weight = self.weight.flatten(0, 1)
         if self.wrapper is None or self.wrapper.disable_adapters:
-            return (None,) * count, (None,) * count
+            return Projection(weight, None, None, None, factor)
         lora_a, lora_b = (matrices[self._adapter].weight for matrices in (self.wrapper.lora_A, self.wrapper.lora_B))
-        # unbind, not one index an expert: its backward builds the gradient once.
-        return (
-            lora_a.reshape(count, -1, lora_a.shape[-1]).unbind(0),
-            lora_b.reshape(lora_b.shape[0], -1, count).permute(2, 0, 1).contiguous().unbind(0),
-        )
+        # peft keeps B as (O, R * E), the expert changing fastest.
+        lora_b = lora_b.reshape(lora_b.shape[0], -1, self.count).permute(2, 0, 1).flatten(0, 1)
+        return Projection(weight, lora_a, lora_b, None, factor)
 
     def projections(self, factor: Tensor | None) -> list[Projection]:
-        """What each expert multiplies. factor: (E * O, G) of the ranges."""
-        count = experts.count_of(self.experts)
-        factors = (None,) * count if factor is None else factor.reshape(count, -1, factor.shape[-1]).unbind(0)
-        parts = zip(self.weight.unbind(0), *self.adapters(), factors, strict=True)
-        return [Projection(weight, lora_a, lora_b, None, each) for weight, lora_a, lora_b, each in parts]
+        """What each expert multiplies, as views. factor: as for `projection`."""
+        # unbind, not one index an expert: its backward builds the gradient once.
+        parts = [
+            (None,) * self.count if part is None else part.reshape(self.count, -1, part.shape[-1]).unbind(0)
+            for part in self.projection(factor)
+        ]
+        return [Projection(*each) for each in zip(*parts, strict=True)]
 
     @torch.no_grad()
     def merged(self) -> Tensor:
@@ -86,10 +104,8 @@ class ExpertMatrix:
     @torch.no_grad()
     def quantise(self, numerics: LayerNumerics) -> Quantised:
         """W + s B A of every expert on the grid that ships, one below the other: (E * O, I)."""
-        parts = self.projections(numerics.factor)
-        return experts.join(
-            [replace(numerics, factor=p.factor).quantise(p.weight, p.lora_a, p.lora_b).compact() for p in parts]
-        )
+        weight, lora_a, lora_b, _, _ = self.projection(numerics.factor)
+        return replace(numerics, experts=self.count).quantise(weight, lora_a, lora_b).compact()
 
 
 def expert_matrices(model: nn.Module) -> dict[str, ExpertMatrix]:
@@ -119,13 +135,58 @@ def experts_forward(
         inside: the adapters are inside the fake quantisers.
     """
     held = matrices[0][0].experts
-    each = {
-        matrix.leaf: _apart(numerics, experts.count_of(held)) for matrix, numerics in matrices if numerics is not None
-    }
+    one_by_one = [_OneByOne(matrix, numerics, inside=inside) for matrix, numerics in matrices]
 
-    def product(matrix: ExpertMatrix, numerics: LayerNumerics | None) -> experts.Product:
-        _refuse_changed(matrix, numerics)
-        parts, scaling = matrix.projections(numerics.factor if numerics is not None else None), matrix.scaling
+    def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        for matrix, numerics in matrices:
+            _refuse_changed(matrix, numerics)
+        if all(_suits(matrix, numerics, hidden_states, inside=inside) for matrix, numerics in matrices):
+            at_once = {matrix.leaf: _together(matrix, numerics, inside) for matrix, numerics in matrices}
+            gated = experts.gate_of(held)
+            output = apply_together(hidden_states, top_k_index, top_k_weights, experts.count_of(held), at_once, gated)
+        else:
+            products = {each.matrix.leaf: each.product() for each in one_by_one}
+            output = experts.apply_experts(held, hidden_states, top_k_index, top_k_weights, products)
+        for _, numerics in matrices:
+            if numerics is not None:
+                numerics.count()
+        return output
+
+    return forward
+
+
+def _suits(matrix: ExpertMatrix, numerics: LayerNumerics | None, hidden: Tensor, *, inside: bool) -> bool:
+    outside = numerics is None or not inside
+    return suits(matrix.weight, numerics, compute_dtype(hidden, matrix.weight), matrix.rank if outside else 0)
+
+
+def _together(matrix: ExpertMatrix, numerics: LayerNumerics | None, inside: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """The product of all experts at once."""
+    projection = matrix.projection(None)
+    adapted = projection.lora_a is not None
+    if numerics is None:
+        base = plain_product(matrix.weight)
+    else:
+        within = projection if inside else projection._replace(lora_a=None, lora_b=None)
+        base = fake_quant_product(within, replace(numerics, experts=matrix.count))
+    if not adapted or (inside and numerics is not None):
+        return base
+    more = adapter_product(projection, matrix.scaling, matrix.count, matrix.weight.dtype)
+    return lambda rows, ends: base(rows, ends) + more(rows, ends)
+
+
+class _OneByOne:
+    """The product of each expert that a token reaches, on every device and in every format."""
+
+    def __init__(self, matrix: ExpertMatrix, numerics: LayerNumerics | None, *, inside: bool) -> None:
+        self.matrix, self.numerics = matrix, numerics
+        self.inside = inside and numerics is not None
+        self.each = [] if numerics is None else _apart(numerics, matrix.count)
+
+    def product(self) -> experts.Product:
+        """With the tensors in use."""
+        numerics, scaling = self.numerics, self.matrix.scaling
+        parts = self.matrix.projections(None if numerics is None else numerics.factor)
 
         def compute(expert: int, inputs: Tensor) -> Tensor:
             part = parts[expert]
@@ -133,23 +194,13 @@ def experts_forward(
             if numerics is None:
                 output = nn.functional.linear(inputs, part.weight)
             else:
-                output = fake_quant_linear(inputs, part if inside else bare, each[matrix.leaf][expert])
-            if part.lora_a is None or part.lora_b is None or (inside and numerics is not None):
+                output = fake_quant_linear(inputs, part if self.inside else bare, self.each[expert])
+            if part.lora_a is None or part.lora_b is None or self.inside:
                 return output
             adapted = inputs.to(part.lora_a.dtype) @ part.lora_a.t() @ part.lora_b.t() * scaling
             return output + adapted.to(output.dtype)
 
         return compute
-
-    def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        products = {matrix.leaf: product(matrix, numerics) for matrix, numerics in matrices}
-        output = experts.apply_experts(held, hidden_states, top_k_index, top_k_weights, products)
-        for _, numerics in matrices:
-            if numerics is not None:
-                numerics.count()
-        return output
-
-    return forward
 
 
 def _apart(numerics: LayerNumerics, count: int) -> list[LayerNumerics]:

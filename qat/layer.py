@@ -32,6 +32,7 @@ class LayerNumerics:
         fused: use the fused kernels where there are some.
         keep: keep the fake-quantised weight from forward to backward; False makes it again where that saves memory.
         cache: of fake-quantised weights; shared by all layers of the model.
+        experts: matrices that lie one below the other in the weight, the adapters and the factor.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LayerNumerics:
     fused: bool = True
     keep: bool = True
     cache: WeightCache = field(default_factory=lambda: WeightCache(limit=0))
+    experts: int = 1
 
     def path(self, weight: Tensor, compute: torch.dtype) -> Path:
         """How this layer is computed in `compute` where `weight` lies."""
@@ -55,7 +57,7 @@ class LayerNumerics:
 
     def layer(self, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, factor: Tensor | None) -> Layer:
         """The layer with these weights."""
-        return Layer(weight, lora_a, lora_b, self.scaling, factor, self.group_size, self.dtype)
+        return Layer(weight, lora_a, lora_b, self.scaling, factor, self.group_size, self.dtype, self.experts)
 
     @torch.no_grad()
     def quantise(self, weight: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None = None) -> Quantised:

@@ -23,6 +23,15 @@ import torch
 from torch import Tensor
 
 from qat.cache import Weight
+from qat.function import (
+    NoAutocast,
+    compute_dtype,
+    fake_quant_weights,
+    projections_of,
+    restored_weights,
+    save_for_backward,
+    saved,
+)
 from qat.gradients import to_inputs, to_parameters
 from qat.kernels import Path
 from qat.layer import LayerNumerics, Projection
@@ -50,13 +59,6 @@ def fake_quant_swiglu(x: Tensor, projections: Sequence[Projection], numerics: Se
     return output
 
 
-_FIELDS = len(Projection._fields)
-
-
-def _projections(tensors: Sequence[Tensor | None]) -> list[Projection]:
-    return [Projection(*tensors[start : start + _FIELDS]) for start in range(0, len(tensors), _FIELDS)]  # type: ignore[arg-type]
-
-
 class _Linears(torch.autograd.Function):
     """Forward with the shipped numbers, backward by the straight-through estimator."""
 
@@ -64,29 +66,29 @@ class _Linears(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, numerics: tuple[LayerNumerics, ...], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        projections = _projections(tensors)
-        compute = _compute_dtype(x, projections[0].weight)
+        projections = projections_of(tensors)
+        compute = compute_dtype(x, projections[0].weight)
         path = numerics[0].path(projections[0].weight, compute)
-        with _NoAutocast(x.device.type):
+        with NoAutocast(x.device.type):
             inputs = path.inputs(x.to(compute))
-            weights = _weights(path, projections, numerics, compute)
+            weights = fake_quant_weights(path, projections, numerics, compute)
             outputs = _products(path, inputs, _each(weights, projections), projections, compute)
-        _save(ctx, path, (inputs,), projections, weights, numerics)
+        save_for_backward(ctx, path, (inputs,), projections, weights, numerics)
         ctx.x_dtype, ctx.compute = x.dtype, compute
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (inputs,), projections, weights = _saved(ctx)
-        with _NoAutocast(grads[0].device.type):
+        (inputs,), projections, weights = saved(ctx)
+        with NoAutocast(grads[0].device.type):
             rows = [_rows(grad.to(ctx.compute)) for grad in grads]
             grad_x = None
             if ctx.needs_input_grad[0]:
-                shipped = _restored(ctx.path, weights, projections, ctx.numerics, ctx.compute)
+                shipped = restored_weights(ctx.path, weights, projections, ctx.numerics, ctx.compute)
                 grad_x = to_inputs(rows, _each(shipped, projections))
                 del shipped
             flat = _rows(ctx.path.restored_inputs(inputs, ctx.compute))
-            needs = _projections(ctx.needs_input_grad[2:])
+            needs = projections_of(ctx.needs_input_grad[2:])
             found = to_parameters(rows, flat, projections, ctx.numerics, needs)
         if grad_x is not None:
             grad_x = grad_x.to(ctx.x_dtype).reshape(*grads[0].shape[:-1], grad_x.shape[-1])
@@ -98,21 +100,21 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, numerics: tuple[LayerNumerics, ...], *tensors: Tensor | None) -> Tensor:
-        projections = _projections(tensors)
-        compute = _compute_dtype(x, projections[0].weight)
+        projections = projections_of(tensors)
+        compute = compute_dtype(x, projections[0].weight)
         path = numerics[0].path(projections[0].weight, compute)
-        with _NoAutocast(x.device.type):
+        with NoAutocast(x.device.type):
             inputs = path.inputs(x.to(compute))
-            weights = _weights(path, projections[:2], numerics[:2], compute)
+            weights = fake_quant_weights(path, projections[:2], numerics[:2], compute)
             if len(weights) == 1:  # one product gives both
                 bias = _joined_bias(projections[:2], compute)
                 halves = [path.product(inputs, weights[0], bias, compute)]
             else:
                 halves = _products(path, inputs, weights, projections[:2], compute)
             hidden = path.swiglu(*_gate_and_up(halves, projections))
-            last = _weights(path, projections[2:], numerics[2:], compute)
+            last = fake_quant_weights(path, projections[2:], numerics[2:], compute)
             (output,) = _products(path, hidden, last, projections[2:], compute)
-        _save(ctx, path, (inputs, *halves), projections, [*last, *weights], numerics)
+        save_for_backward(ctx, path, (inputs, *halves), projections, [*last, *weights], numerics)
         ctx.x_dtype, ctx.compute, ctx.spent = x.dtype, compute, False
         return output
 
@@ -125,14 +127,14 @@ class _SwiGLU(torch.autograd.Function):
             )
         ctx.spent = True
         path, compute, numerics = ctx.path, ctx.compute, ctx.numerics
-        (inputs, *saved), projections, weights = _saved(ctx)
-        halves = [half for half in saved if isinstance(half, Tensor)]
+        (inputs, *others), projections, weights = saved(ctx)
+        halves = [half for half in others if isinstance(half, Tensor)]
         first, last = weights[1:], weights[:1]
-        needs = _projections(ctx.needs_input_grad[2:])
-        with _NoAutocast(grad.device.type):
+        needs = projections_of(ctx.needs_input_grad[2:])
+        with NoAutocast(grad.device.type):
             rows = [_rows(grad.to(compute))]
             gate, up = _gate_and_up(halves, projections)
-            (shipped,) = _restored(path, last, projections[2:], numerics[2:], compute)
+            (shipped,) = restored_weights(path, last, projections[2:], numerics[2:], compute)
             to_hidden = to_inputs(rows, [shipped]).reshape(gate.shape)
             del shipped
             hidden = path.swiglu_backward_(gate, up, to_hidden)  # gate and up are their gradients from here on
@@ -141,7 +143,7 @@ class _SwiGLU(torch.autograd.Function):
             del to_hidden, hidden, flat
             grad_x = None
             if ctx.needs_input_grad[0]:
-                restored = _restored(path, first, projections[:2], numerics[:2], compute)
+                restored = restored_weights(path, first, projections[:2], numerics[:2], compute)
                 grad_x = to_inputs([_rows(half) for half in halves], restored)
                 del restored
             flat = _rows(path.restored_inputs(inputs, compute))
@@ -152,30 +154,9 @@ class _SwiGLU(torch.autograd.Function):
         return (grad_x, None, *(grad for projection in (*found, *found_last) for grad in projection))
 
 
-class _NoAutocast:
-    """`torch.autocast(device, enabled=False)` in a tenth of the CPU's time."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-
-    def __enter__(self) -> None:
-        self.enabled = torch.is_autocast_enabled(self.device)
-        if self.enabled:
-            torch.set_autocast_enabled(self.device, False)
-
-    def __exit__(self, *error: object) -> None:
-        if self.enabled:
-            torch.set_autocast_enabled(self.device, True)
-
-
 def _rows(values: Tensor) -> Tensor:
     """(..., I) -> (N, I)."""
     return values.reshape(-1, values.shape[-1])
-
-
-def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def _products(
@@ -197,22 +178,6 @@ def _joined_bias(projections: Sequence[Projection], compute: torch.dtype) -> Ten
     return torch.cat([b if p.bias is None else p.bias.to(compute) for p, b in zip(projections, zeros, strict=True)])
 
 
-def _weights(
-    path: Path, projections: Sequence[Projection], numerics: Sequence[LayerNumerics], compute: torch.dtype
-) -> list[Weight]:
-    """The weights that the product takes: one for each layer, or one for all of them together."""
-
-    def make() -> list[Weight]:
-        layers = [
-            layer.layer(part.weight, part.lora_a, part.lora_b, part.factor)
-            for part, layer in zip(projections, numerics, strict=True)
-        ]
-        return path.weights(layers, compute)
-
-    parts = [tensor for part in projections for tensor in (part.weight, part.lora_a, part.lora_b, part.factor)]
-    return numerics[0].cache.get(numerics[0].name, parts, (compute, path), make)
-
-
 def _each(weights: Sequence[Any], projections: Sequence[Projection]) -> list[Any]:
     """The weight of each layer, where one may hold all."""
     if len(weights) == len(projections):
@@ -231,56 +196,3 @@ def _gate_and_up(halves: Sequence[Tensor], projections: Sequence[Projection]) ->
         return halves[0], halves[1]
     rows = projections[0].weight.shape[0]
     return halves[0][..., :rows], halves[0][..., rows:]
-
-
-# ---------------------------------------------------------------------- what is kept for backward
-
-
-def _backward_is_near() -> bool:
-    """Gradient checkpointing: the layer is computed for the second time, or what it saves is dropped until then."""
-    return torch._C._current_graph_task_id() != -1 or bool(torch._C._autograd._top_saved_tensors_default_hooks(False))
-
-
-def _save(
-    ctx: Any,
-    path: Path,
-    inputs: tuple[Weight, ...],
-    projections: Sequence[Projection],
-    weights: Sequence[Weight],
-    numerics: tuple[LayerNumerics, ...],
-) -> None:
-    kept = weights if numerics[0].keep or _backward_is_near() else ()
-    tensors = [tensor for item in (*inputs, *kept) for tensor in _parts(item)]
-    parameters = [tensor for projection in projections for tensor in projection]
-    ctx.save_for_backward(*parameters, *tensors)
-    ctx.numerics, ctx.path = numerics, path
-    ctx.counts = len(parameters), [len(_parts(item)) for item in inputs], [len(_parts(item)) for item in kept]
-
-
-def _parts(item: Weight) -> tuple[Tensor | None, ...]:
-    return (item,) if isinstance(item, Tensor) else (item.values, item.scale, item.zero, item.tensor_scale)
-
-
-def _saved(ctx: Any) -> tuple[list[Weight], list[Projection], list[Weight]]:
-    """What `_save` saved; no weights where they were not kept."""
-    count, inputs, weights = ctx.counts
-    tensors = ctx.saved_tensors
-    rest = iter(tensors[count:])
-
-    def take(parts: int) -> Weight:
-        found = [next(rest) for _ in range(parts)]
-        return found[0] if parts == 1 else Quantised(*found)
-
-    return [take(parts) for parts in inputs], _projections(tensors[:count]), [take(parts) for parts in weights]
-
-
-def _restored(
-    path: Path,
-    weights: Sequence[Weight],
-    projections: Sequence[Projection],
-    numerics: Sequence[LayerNumerics],
-    compute: torch.dtype,
-) -> list[Tensor]:
-    """The restored weights (O, I), made again where they were not kept; as many as `_weights` gives."""
-    found = weights or _weights(path, projections, numerics, compute)
-    return [path.restored_weight(weight, numerics[0].dtype, compute) for weight in found]

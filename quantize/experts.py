@@ -134,6 +134,11 @@ def _gated(activation: Callable[[Tensor], Tensor], both: Tensor) -> Tensor:
     return activation(gate) * up
 
 
+def gate_of(experts: Any) -> Callable[[Tensor], Tensor]:
+    """The activation between both products: (..., 2 F) -> (..., F)."""
+    return getattr(experts, "_apply_gate", None) or partial(_gated, experts.act_fn)
+
+
 def apply_experts(
     experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, products: Mapping[str, Product]
 ) -> Tensor:
@@ -149,7 +154,7 @@ def apply_experts(
     Returns:
         (N, I).
     """
-    count, gated = count_of(experts), getattr(experts, "_apply_gate", None) or partial(_gated, experts.act_fn)
+    count, gated = count_of(experts), gate_of(experts)
     output = torch.zeros_like(hidden)
     for expert in torch.unique(chosen).tolist():
         if expert >= count:  # stands for none, where experts are shared among devices

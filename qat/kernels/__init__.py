@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quantize import float8, integers
+from quantize.experts import join
 from quantize.numerics import Numbers, Quantised
 
 
@@ -43,6 +44,7 @@ class Layer(NamedTuple):
         factor: (O, G) of each group's range, or None.
         group_size: weights per scale; None = one scale a row.
         dtype: of the scales, and of the restored weight before it is cast to what the layer computes in.
+        experts: matrices (O, I) that lie one below the other: (experts * O, I), A (experts * R, I), B (experts * O, R).
     """
 
     weight: Tensor
@@ -52,6 +54,19 @@ class Layer(NamedTuple):
     factor: Tensor | None
     group_size: int | None
     dtype: torch.dtype
+    experts: int = 1
+
+    def apart(self) -> list[Layer]:
+        """The layer of each expert."""
+        parts = [
+            (None,) * self.experts if part is None else part.chunk(self.experts)
+            for part in (self.weight, self.lora_a, self.lora_b, self.factor)
+        ]
+        each = zip(*parts, strict=True)
+        return [
+            self._replace(weight=weight, lora_a=lora_a, lora_b=lora_b, factor=factor, experts=1)
+            for weight, lora_a, lora_b, factor in each
+        ]
 
 
 class Path:
@@ -62,6 +77,8 @@ class Path:
 
     def quantise(self, layer: Layer) -> Quantised:
         """The merged weight on the grid that ships."""
+        if layer.experts > 1:
+            return join([self.quantise(each) for each in layer.apart()])
         merged = merged_weight(layer.weight, layer.lora_a, layer.lora_b, layer.scaling)
         return self.numbers.quantise(merged, layer.group_size, layer.dtype, layer.factor)
 
@@ -139,7 +156,8 @@ class FusedPath(Path):
     def quantise(self, layer: Layer) -> Quantised:
         """See `Path.quantise`."""
         kind = self._alike([layer])
-        assert kind is not None
+        if kind is None:  # of experts whose rows do not fill a tile
+            return super().quantise(layer)
         if self.rows:
             return self._row_weight([layer], kind, values=self._stored(), mslk=self.mslk)
         if layer.group_size is None:
@@ -153,8 +171,10 @@ class FusedPath(Path):
     def weights(self, layers: Sequence[Layer], compute: torch.dtype) -> list[Tensor | Quantised]:
         """See `Path.weights`."""
         kind = self._alike(layers)
-        if kind is None:
+        if kind is None and len(layers) > 1:
             return [self.weights([layer], compute)[0] for layer in layers]
+        if kind is None:
+            return super().weights(layers, compute)
         if self.rows:
             values = compute if self.kind == "none" else self._stored()
             return [self._row_weight(layers, kind, values=values, mslk=self.mslk)]

@@ -20,6 +20,7 @@ from qat.kernels.launch import Launcher, Plan
 from qat.kernels.merged import (
     Blocks,
     Kind,
+    a_of_expert,
     fitted,
     layer_of,
     merged_tile,
@@ -92,8 +93,8 @@ def _grouped_kernel(
     COUNT: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, ASYMMETRIC: tl.constexpr, MSLK: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, ADAPTER: tl.constexpr, FACTOR: tl.constexpr, INTEGERS: tl.constexpr,
-    WEIGHT_BF16: tl.constexpr, SCALE_BF16: tl.constexpr, OUT_BF16: tl.constexpr, EXACT: tl.constexpr,
-    RECIPROCAL: tl.constexpr,
+    WEIGHT_BF16: tl.constexpr, SCALE_BF16: tl.constexpr, OUT_BF16: tl.constexpr, EXPERT_ROWS: tl.constexpr,
+    EXACT: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
     """A strip of `STEPS` tiles one below the other, so that a tile of A is read once for all of them."""
     GROUPS: tl.constexpr = BN // GROUP
@@ -106,6 +107,7 @@ def _grouped_kernel(
     a_ptr, b_ptr, first_a, factor_ptr = w_ptr, w_ptr, column_ids, w_ptr
     if ADAPTER:
         a_ptr, b_ptr = pick(index, a_0, a_1, a_2, COUNT), pick(index, b_0, b_1, b_2, COUNT)
+        a_ptr = a_of_expert(a_ptr, (tl.program_id(1) - strips) * STEPS * BM, columns, RANK, EXPERT_ROWS)
         first_a = tile_of_a(a_ptr, columns, column_ids, 0, RANK, RANK_BLOCK)
     if FACTOR:
         factor_ptr = pick(index, factor_0, factor_1, factor_2, COUNT)
@@ -195,7 +197,7 @@ def _plan(
             len(kind.rows), group_size, *rank_of(kind), blocks.rows, blocks.columns, blocks.steps, blocks.stages,
             bits is None, mslk, low, high, kind.rank > 0, kind.dtypes[3] is not None, out is None,
             kind.weight_bf16 and not mslk,  # which computes in float32
-            bits is None or scale_dtype == torch.bfloat16, out == torch.bfloat16,
+            bits is None or scale_dtype == torch.bfloat16, out == torch.bfloat16, kind.expert_rows,
         ),
         warps=blocks.warps,
     )  # fmt: skip

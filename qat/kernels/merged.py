@@ -21,6 +21,8 @@ from qat.kernels.launch import next_power_of_2
 
 MOST = 3
 """Layers that one launch takes."""
+SMALLEST = 16
+"""Rows of a tile at least: what tensor cores multiply."""
 
 
 @triton.jit
@@ -54,6 +56,15 @@ def layer_of(strip, first, second, STRIP: tl.constexpr, COUNT: tl.constexpr):
     if COUNT > 2:
         index += (strip >= tl.cdiv(first, STRIP) + tl.cdiv(second, STRIP)).to(tl.int32)
     return index
+
+
+@triton.jit
+def a_of_expert(a_ptr, row, columns, RANK: tl.constexpr, EXPERT_ROWS: tl.constexpr):
+    """The A of the expert that a row belongs to; of a layer without experts its own."""
+    pointer = a_ptr
+    if EXPERT_ROWS > 0:
+        pointer = a_ptr + (row // EXPERT_ROWS).to(tl.int64) * RANK * columns
+    return pointer
 
 
 @triton.jit
@@ -119,12 +130,19 @@ class Kind(NamedTuple):
         columns: in_features.
         rank: of the adapter; 0 = none.
         dtypes: of the weight, A, B and the factors.
+        experts: matrices that lie one below the other in a single layer, each with an A of its own.
     """
 
     rows: tuple[int, ...]
     columns: int
     rank: int
     dtypes: tuple[torch.dtype | None, ...]
+    experts: int = 1
+
+    @property
+    def expert_rows(self) -> int:
+        """Rows of one expert; 0 where there is one matrix alone."""
+        return self.rows[0] // self.experts if self.experts > 1 else 0
 
     @property
     def weight_bf16(self) -> bool:
@@ -138,16 +156,18 @@ def alike(layers: Sequence[Any]) -> Kind | None:
     for layer in layers[1:]:
         if layer.scaling != layers[0].scaling or _kind(layer) != first:
             return None
+    if first[-1] > 1 and (len(layers) > 1 or layers[0].weight.shape[0] // first[-1] % SMALLEST):
+        return None
     return Kind(tuple([layer.weight.shape[0] for layer in layers]), *first) if len(layers) <= MOST else None
 
 
-def _kind(layer: Any) -> tuple[int, int, tuple[torch.dtype | None, ...]]:
+def _kind(layer: Any) -> tuple[int, int, tuple[torch.dtype | None, ...], int]:
     weight, lora_a, lora_b, factor = layer.weight, layer.lora_a, layer.lora_b, layer.factor
     dtypes = (
         weight.dtype, None if lora_a is None else lora_a.dtype, None if lora_b is None else lora_b.dtype,
         None if factor is None else factor.dtype,
     )  # fmt: skip
-    return weight.shape[1], 0 if lora_a is None else lora_a.shape[0], dtypes
+    return weight.shape[1], 0 if lora_a is None else lora_a.shape[0] // layer.experts, dtypes, layer.experts
 
 
 def tensors_of(layers: Sequence[Any]) -> list[Tensor | None]:
@@ -175,10 +195,20 @@ def stages_of(blocks: Blocks, kind: Kind) -> int:
 def fitted(blocks: Blocks, kind: Kind, group_size: int) -> Blocks:
     """With columns that hold a group, and so few steps that a small weight still gives work to the whole GPU."""
     if group_size > blocks.columns:
-        blocks = replace(blocks, rows=max(16, blocks.rows * blocks.columns // group_size), columns=group_size)
+        blocks = replace(blocks, rows=max(SMALLEST, blocks.rows * blocks.columns // group_size), columns=group_size)
     tiles = -(-sum(kind.rows) // blocks.rows) * -(-kind.columns // blocks.columns)
     most = max(1, tiles // 256)
-    return replace(blocks, steps=min(blocks.steps, 1 << (most.bit_length() - 1)), stages=stages_of(blocks, kind))
+    steps = min(blocks.steps, 1 << (most.bit_length() - 1))
+    return within_expert(replace(blocks, steps=steps, stages=stages_of(blocks, kind)), kind)
+
+
+def within_expert(blocks: Blocks, kind: Kind) -> Blocks:
+    """With so few rows that a program's lie within one expert: it reads one A."""
+    while kind.expert_rows % (blocks.rows * blocks.steps):
+        blocks = (
+            replace(blocks, steps=blocks.steps // 2) if blocks.steps > 1 else replace(blocks, rows=blocks.rows // 2)
+        )
+    return blocks
 
 
 def rank_of(kind: Kind) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from qat.kernels.launch import Launcher, Plan
 from qat.kernels.merged import (
     Blocks,
     Kind,
+    a_of_expert,
     layer_of,
     merged_tile,
     pick,
@@ -38,6 +39,7 @@ from qat.kernels.merged import (
     stages_of,
     tensors_of,
     tile_of_a,
+    within_expert,
 )
 from quantize.numerics import Quantised
 
@@ -82,7 +84,8 @@ def _rows_kernel(
     scaling, rows_0, rows_1, rows_2,
     columns: tl.constexpr, COUNT: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, STAGES: tl.constexpr, FLOAT8: tl.constexpr, MSLK: tl.constexpr, ADAPTER: tl.constexpr,
-    FACTOR: tl.constexpr, WEIGHT_BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr,
+    FACTOR: tl.constexpr, WEIGHT_BF16: tl.constexpr, EXPERT_ROWS: tl.constexpr, EXACT: tl.constexpr,
+    RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
     """`BM` rows: once over their columns for the largest magnitudes, once for the values."""
     index = layer_of(tl.program_id(0), rows_0, rows_1, BM, COUNT)
@@ -91,6 +94,7 @@ def _rows_kernel(
     a_ptr, b_ptr = w_ptr, w_ptr
     if ADAPTER:
         a_ptr, b_ptr = pick(index, a_0, a_1, a_2, COUNT), pick(index, b_0, b_1, b_2, COUNT)
+        a_ptr = a_of_expert(a_ptr, (tl.program_id(0) - strips) * BM, columns, RANK, EXPERT_ROWS)
     row_ids = (tl.program_id(0) - strips) * BM + tl.arange(0, BM)
     row_inside = row_ids < rows
     out_rows = row_ids + before
@@ -148,7 +152,7 @@ def row_weight(layers: Sequence[Any], kind: Kind, *, values: torch.dtype, mslk: 
 
 @cache
 def _plan(kind: Kind, values: torch.dtype, mslk: bool) -> Plan:
-    blocks = MANY_ROWS if sum(kind.rows) >= 256 * MANY_ROWS.rows else FEW_ROWS
+    blocks = within_expert(MANY_ROWS if sum(kind.rows) >= 256 * MANY_ROWS.rows else FEW_ROWS, kind)
     return Plan(
         grid=(sum(-(-count // blocks.rows) for count in kind.rows), 1, 1),
         numbers=rows_of(kind),
@@ -156,6 +160,7 @@ def _plan(kind: Kind, values: torch.dtype, mslk: bool) -> Plan:
             kind.columns, len(kind.rows), *rank_of(kind), blocks.rows, blocks.columns, stages_of(blocks, kind),
             values == torch.float8_e4m3fn, mslk, kind.rank > 0, kind.dtypes[3] is not None,
             kind.weight_bf16 and not mslk,  # which computes in float32
+            kind.expert_rows,
         ),
         warps=blocks.warps,
     )  # fmt: skip

@@ -131,6 +131,20 @@ def test_layers_that_share_their_input_in_one_launch(name: str, group: int | Non
 
 
 @pytest.mark.parametrize(("name", "group"), FORMATS)
+def test_experts_in_one_launch(name: str, group: int | None) -> None:
+    fused, plain = _paths((GROUPED | ROWS)[name])
+    for rows, factor in ((48, None), (24, 0.75)):  # a tile and a half, and less than the smallest tile divides
+        weight = torch.cat([_hard(seed, (rows, 128), torch.bfloat16) for seed in range(2)])
+        factors = None if factor is None else torch.full((2 * rows, 128 // (group or 128)), factor)
+        layer = _layer(weight, group, torch.bfloat16, rank=4, factor=factors)
+        assert layer.lora_a is not None
+        layer = layer._replace(lora_a=torch.cat([layer.lora_a, -layer.lora_a]), experts=2)
+        _assert_same(fused.quantise(layer), plain.quantise(layer))
+        (ours,), (theirs,) = (path.weights([layer], torch.bfloat16) for path in (fused, plain))
+        _assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize(("name", "group"), FORMATS)
 def test_matrices_that_are_not_contiguous(name: str, group: int | None) -> None:
     fused, plain = _paths((GROUPED | ROWS)[name])
     layer = _layer((torch.randint(-127, 128, (256, 48)) / 64).bfloat16(), group, torch.bfloat16, rank=4)
