@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,8 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "F4": torch.float4_e2m1fn_x2,
 }  # fmt: skip
+_AHEAD = 2**25
+"""Bytes at most that wait to be written; a larger part waits alone."""
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -142,7 +146,9 @@ def read_folder(folder: Path, stem: str = "model") -> tuple[dict[str, Place], di
 
 
 class TensorWriter:
-    """Safetensors files whose tensors are written in any order and in parts. See `plan`, then `write`, then `close`.
+    """Safetensors files whose tensors are written in any order and in parts: `open`, `write` each, `close`.
+
+    A thread writes while the next part is made.
 
     Args:
         folder: where the files will lie.
@@ -177,6 +183,8 @@ class TensorWriter:
         self._headers: dict[Path, bytes] = {}
         self._weights, self._split = weights, split
         self._open: dict[Path, int] = {}
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: deque[tuple[Future[None], int]] = deque()
         for name, keys in split.filename_to_tensors.items():
             self._plan(folder / name, {key: outlines[key] for key in keys})
 
@@ -212,14 +220,27 @@ class TensorWriter:
             _write_all(descriptor, memoryview(header), 0)
 
     def write(self, name: str, tensor: Tensor, first: int = 0) -> None:
-        """Writes a tensor, or its rows from `first` on."""
+        """Writes a tensor, or its rows from `first` on. It must stay as it is until `close`.
+
+        Raises:
+            OSError: this part or one before it could not be written.
+        """
         place = self.places[name]
         assert tensor.dtype == place.dtype and tuple(tensor.shape[1:]) == place.shape[1:], name
         data = _bytes_of(tensor.detach().cpu().contiguous())
-        _write_all(self._open[place.file], data, place.start + first * place.row_bytes)
+        while self._waiting and sum(size for _, size in self._waiting) + len(data) > _AHEAD:
+            self._waiting.popleft()[0].result()
+        done = self._thread.submit(_write_all, self._open[place.file], data, place.start + first * place.row_bytes)
+        self._waiting.append((done, len(data)))
 
     def close(self) -> None:
-        """Flushes the files to the disk and writes the index where there are several."""
+        """Flushes the files to the disk and writes the index where there are several.
+
+        Raises:
+            OSError: a part could not be written.
+        """
+        while self._waiting:
+            self._waiting.popleft()[0].result()
         for path in list(self._open):
             descriptor = self._open.pop(path)
             try:
@@ -233,7 +254,8 @@ class TensorWriter:
             (self._folder / f"{self._stem}.safetensors.index.json").write_text(text, encoding="utf-8")
 
     def abandon(self) -> None:
-        """Closes what is open after a failure."""
+        """Ends the thread, and closes what is open after a failure."""
+        self._thread.shutdown(cancel_futures=True)
         for path in list(self._open):
             os.close(self._open.pop(path))
 
