@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.algorithms.structure import Norm, find_blocks, find_links, norm_offset, value_rows
+from quantize.algorithms.structure import Norm, find_blocks, find_links, norm_offset, residual_writers, value_rows
 from quantize.errors import UserError
 from quantize.layers import untie
 
@@ -82,6 +82,8 @@ def _no_residual_rotation(model: Any) -> str | None:
             return "its blocks norm what they add to it, channel by channel"
         if len(list(_residual_readers(block))) != 2:
             return "not all that reads it is a linear layer behind a norm"
+        if not all(isinstance(writer, nn.Linear) for writer in residual_writers(block)):
+            return "not all that writes to it is a linear layer"
     norms = [link.source for block in find_blocks(model)[1] for link in _residual_readers(block)]
     if any(getattr(norm.module, "bias", None) is not None for norm in norms if isinstance(norm, Norm)):
         return "its norms have biases"
@@ -107,11 +109,11 @@ def _rotate_residual(model: Any, generator: torch.Generator) -> None:
             _fold(link.source, link.readers)
             for reader in link.readers:
                 _times(reader.weight, rotation)
-        for writer in (getattr(block.self_attn, "o_proj", None), getattr(block.mlp, "down_proj", None)):
+        for writer in residual_writers(block):
             _rotate_outputs(writer, 0, rotation)
 
 
-def _fold(norm: Any, readers: tuple[nn.Linear, ...]) -> None:
+def _fold(norm: Any, readers: tuple[Any, ...]) -> None:
     """Moves a norm's gain into what reads it."""
     gain = norm.gain
     for reader in readers:
