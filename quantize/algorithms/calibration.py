@@ -73,6 +73,16 @@ def run_block(block: nn.Module, number: int, state: Batch) -> Tensor:
     return hidden
 
 
+def distance(before: Tensor, after: Tensor) -> float:
+    """How far apart two outputs (..., H) are, relative to the first: what three tokens in four do not exceed.
+
+    Rounding alone sends a token to another expert where two are nearly tied, so a mean over all tokens would not tell
+    that from an architecture that computes something else, which shows in all.
+    """
+    apart = (after.float() - before.float()).norm(dim=-1) / before.float().norm(dim=-1)
+    return float(apart.flatten().quantile(0.75))
+
+
 @dataclass(frozen=True)
 class Sample:
     """What calibration saw of one layer.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.algorithms import ALGORITHMS, are_calibrated, check_algorithms
-from quantize.algorithms.calibration import Batch, input_products, run_block, sample_inputs, start_batches
+from quantize.algorithms.calibration import Batch, distance, input_products, run_block, sample_inputs, start_batches
 from quantize.algorithms.experts import experts_apart, join_experts
 from quantize.algorithms.rotation import rotate_
 from quantize.algorithms.rounding import pick_rounding, round_weight
@@ -244,7 +244,7 @@ def _scale_block(
         if scale is not None:
             link.move(scale)
             notes.scaled += 1
-    apart = float((run_block(block, number, states[0]) - before).float().norm() / before.float().norm())
+    apart = distance(before, run_block(block, number, states[0]))
     if not apart <= (1e-4 if before.dtype == torch.float32 else 2e-2):
         raise UserError(
             f"{method}: a scaled {type(block).__name__} computes something else ({apart:.1%} apart), so this "

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantize.algorithms.calibration import distance
 from quantize.algorithms.structure import Norm, find_blocks, find_links, norm_offset, residual_writers, value_rows
 from quantize.errors import UserError
 from quantize.layers import untie
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-"""Largest relative difference of the logits: weights that are rounded once more, and other sums."""
+"""Largest relative difference of the logits (`distance`): weights that are rounded once more, and other sums."""
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def rotate_(model: Any, seed: int = 0) -> list[str]:
     """
     probe = torch.randint(1, model.config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(seed))
     probe = probe.to(model.get_input_embeddings().weight.device)
-    before = model(input_ids=probe, use_cache=False).logits.float()
+    before = model(input_ids=probe, use_cache=False).logits
     generator, notes = torch.Generator().manual_seed(seed), []
     reason = _no_residual_rotation(model)
     if reason is None:
@@ -50,8 +51,7 @@ def rotate_(model: Any, seed: int = 0) -> list[str]:
         notes.append(f"residual stream not rotated: {reason}")
     rotated = sum(_rotate_values(block.self_attn, generator) for block in find_blocks(model)[1] if _attends(block))
     notes.append(f"values rotated in {rotated} blocks")
-    after = model(input_ids=probe, use_cache=False).logits.float()
-    apart = float((after - before).norm() / before.norm())
+    apart = distance(before, model(input_ids=probe, use_cache=False).logits)
     if not apart <= _TOLERANCE.get(model.dtype, 1e-3):
         raise UserError(
             f"spinquant: a rotated {type(model).__name__} computes something else ({apart:.1%} apart), so this "
