@@ -79,7 +79,7 @@ def distance(before: Tensor, after: Tensor) -> float:
     Rounding alone sends a token to another expert where two are nearly tied, so a mean over all tokens would not tell
     that from an architecture that computes something else, which shows in all.
     """
-    apart = (after.float() - before.float()).norm(dim=-1) / before.float().norm(dim=-1)
+    apart = (after.float() - before.float()).norm(dim=-1) / before.float().norm(dim=-1).clamp(min=1e-12)
     return float(apart.flatten().quantile(0.75))
 
 

@@ -1,9 +1,9 @@
 """Chooses the numbers of a format for a 16-bit model with `quantize.algorithms`, decoder block by decoder block.
 
 Each block sees the inputs that the quantised blocks before it give, so errors are made good where they arise, and only
-one block's activations are held at a time.
+one block's activations are held at a time. Fused experts are set apart meanwhile, and each is a layer like any other.
 
-Shapes: `B` batch, `T` tokens, `I` in_features, `N` calibration tokens.
+Shapes: `B` batch, `T` tokens, `I` in_features.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Chosen:
     """What the algorithms left.
 
     Attributes:
-        grid: quantised module -> its weight on its grid. The model's weights in memory are the 16-bit ones that the
+        grid: quantised layer -> its weight on its grid. The model's weights in memory are the 16-bit ones that the
             grid stands for: those of the source, rotated and scaled.
         notes: what was done and left out, in words.
     """

@@ -1,7 +1,7 @@
 """The parts of a decoder that the algorithms work on: its blocks, its norms, and what each linear layer reads.
 
-Known by the names that llama, Qwen, SmolLM, Phi-3 and Gemma give them in transformers; that a change kept the function
-is checked by running it, so another architecture with these names is refused rather than damaged.
+Known by the names that llama, Qwen, SmolLM, Phi-3, Gemma, Mixtral and OLMoE give them in transformers; that a change
+kept the function is checked by running it, so another architecture with these names is refused rather than damaged.
 """
 
 from __future__ import annotations
