@@ -1,15 +1,15 @@
 """Chooses the numbers of a format for a 16-bit model with `quantize.algorithms`, decoder block by decoder block.
 
 Each block sees the inputs that the quantised blocks before it give, so errors are made good where they arise, and only
-one block's activations are held at a time.
+one block's activations are held at a time. Fused experts are set apart meanwhile, and each is a layer like any other.
 
-Shapes: `B` batch, `T` tokens, `I` in_features, `N` calibration tokens.
+Shapes: `B` batch, `T` tokens, `I` in_features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from quantize.algorithms import ALGORITHMS, are_calibrated, check_algorithms
-from quantize.algorithms.calibration import Batch, run_block, start_batches
+from quantize.algorithms.calibration import Batch, distance, input_products, run_block, sample_inputs, start_batches
+from quantize.algorithms.experts import experts_apart, join_experts
 from quantize.algorithms.rotation import rotate_
 from quantize.algorithms.rounding import pick_rounding, round_weight
 from quantize.algorithms.scaling import best_scale
@@ -30,16 +31,13 @@ from quantize.schemes import Scheme, Target
 
 Progress = Callable[[int, int], None]
 
-_SAMPLED_ROWS = 512
-"""Calibration tokens on which scales are compared."""
-
 
 @dataclass(frozen=True)
 class Chosen:
     """What the algorithms left.
 
     Attributes:
-        grid: quantised module -> its weight on its grid. The model's weights in memory are the 16-bit ones that the
+        grid: quantised layer -> its weight on its grid. The model's weights in memory are the 16-bit ones that the
             grid stands for: those of the source, rotated and scaled.
         notes: what was done and left out, in words.
     """
@@ -95,16 +93,17 @@ def choose_numbers(
     notes: list[str] = []
     if scheme.embedding is not None:
         untie(model)
-    if "spinquant" in ordered:
-        notes += rotate_(model)
+    if are_calibrated(ordered) and not batches:
+        raise UserError(f"{', '.join(ordered)}: calibration data is needed; name some with --calibration FILE")
     dtype = getattr(torch, target.dtype) if target.dtype else model.dtype
     format_ = _Format(target.numbers(), group_size, dtype)
     grid: dict[str, Quantised] = {}
-    if are_calibrated(ordered):
-        if not batches:
-            raise UserError(f"{', '.join(ordered)}: calibration data is needed; name some with --calibration FILE")
-        grid, more = _by_block(model, format_, coverage, ordered, batches, progress)
-        notes += more
+    with experts_apart(model) as apart:
+        if "spinquant" in ordered:
+            notes += rotate_(model)
+        if are_calibrated(ordered):
+            grid, more = _by_block(model, format_, coverage, apart, ordered, batches, progress)
+            notes += more
     outside = [name for name in coverage.layers if name not in grid]
     if grid and outside:
         without = " and ".join(name for name in ordered if ALGORITHMS[name].calibrated)
@@ -122,6 +121,7 @@ def _by_block(
     model: Any,
     chosen: _Format,
     coverage: Coverage,
+    apart: Mapping[str, str],
     names: tuple[str, ...],
     batches: Sequence[tuple[Tensor, Tensor]],
     progress: Progress | None,
@@ -130,37 +130,89 @@ def _by_block(
     rounding = pick_rounding(names)
     prefix, blocks = find_blocks(model)
     grid: dict[str, Quantised] = {}
-    unseen: list[str] = []
-    scaled = total = 0
+    notes = _Notes()
     states = start_batches(model, blocks, batches)
     for number, block in enumerate(blocks):
         layers = {
-            f"{prefix}.{number}.{name}": module
-            for name, module in block.named_modules()
-            if f"{prefix}.{number}.{name}" in coverage.layers
+            name: module
+            for name, module in block.named_modules(prefix=f"{prefix}.{number}")
+            if apart.get(name, name) in coverage.layers
         }
         if scaling is not None:
-            moved, links = _scale_block(block, number, states, layers, chosen, scaling)
-            scaled, total = scaled + moved, total + links
+            _scale_block(block, number, states, layers, chosen, scaling, notes)
         hessians: dict[str, Tensor] = {}
         if rounding == "gptq":
-            hessians = _hessians(block, number, states, layers, chosen.numbers)
-            unseen += layers.keys() - hessians.keys()
+            hessians = _hessians(block, number, states, layers, apart, chosen.numbers, notes)
+        weights: dict[str, Quantised] = {}
         for name, module in layers.items():
-            weight, hessian = module.weight, hessians.pop(name, None)
+            hessian = hessians.pop(name, None)
             # A byte a value, as the layers of all blocks are held at once.
-            grid[name] = round_weight(
-                rounding, chosen.numbers, weight, chosen.group_size, chosen.scale_dtype, hessian
+            weights[name] = round_weight(
+                rounding, chosen.numbers, module.weight, chosen.group_size, chosen.scale_dtype, hessian
             ).compact()
-        with _computing(layers, grid, chosen.numbers):
+        with _computing(layers, weights, chosen.numbers):
             for state in states:
                 state.hidden = run_block(block, number, state)
+        grid |= join_experts(weights, apart)
         if progress is not None:
             progress(number + 1, len(blocks))
-    notes = [f"{scaling}: {scaled} of {total} links between layers are scaled"] if scaling else []
-    if unseen:
-        notes.append(f"rounded to nearest, as no calibration token reaches them: {', '.join(sorted(unseen))}")
-    return grid, notes
+    return grid, list(notes.said(scaling, apart))
+
+
+@dataclass
+class _Notes:
+    """What the record says of all blocks.
+
+    Attributes:
+        scaled, links: how many links are scaled, of how many.
+        unlinked: layers that no link leads to. unseen: layers that no calibration token reaches.
+        rare: matrices of experts that too few reach.
+    """
+
+    scaled: int = 0
+    links: int = 0
+    unlinked: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
+    rare: list[str] = field(default_factory=list)
+
+    def said(self, scaling: str | None, apart: Mapping[str, str]) -> Iterator[str]:
+        """The notes in words. apart: see `experts_apart`."""
+        if scaling is not None:
+            yield f"{scaling}: {self.scaled} of {self.links} links between layers are scaled"
+        if self.unlinked:
+            layers = dict.fromkeys(apart.get(name, name) for name in self.unlinked)
+            yield f"not scaled, as what feeds them or reads the same is not known: {', '.join(layers)}"
+        if self.unseen:
+            yield f"rounded to nearest, as no calibration token reaches them: {', '.join(sorted(self.unseen))}"
+        if self.rare:
+            yield (
+                "rounded to nearest, as fewer calibration tokens reach them than they have inputs: "
+                f"{len(self.rare)} of {len(apart)} matrices of experts"
+            )
+
+
+def _hessians(
+    block: nn.Module,
+    number: int,
+    states: Sequence[Batch],
+    layers: Mapping[str, nn.Module],
+    apart: Mapping[str, str],
+    numbers: Numbers,
+    notes: _Notes,
+) -> dict[str, Tensor]:
+    """Layer -> its Hessian (I, I), of those that have one; the notes say which have none."""
+    products, found = input_products(block, number, states, layers, numbers), {}
+    for name in layers:
+        hessian, tokens = products.pop(name, (None, 0))
+        # With fewer tokens than inputs it is singular: on inputs of little correlation that were not among them, GPTQ
+        # then lost up to 1.7 times as much as rounding to nearest, and less than it with as many tokens as inputs.
+        if name in apart and (hessian is None or tokens < hessian.shape[0]):
+            notes.rare.append(name)
+        elif hessian is None:
+            notes.unseen.append(name)
+        else:
+            found[name] = hessian
+    return found
 
 
 def _scale_block(
@@ -170,8 +222,9 @@ def _scale_block(
     layers: Mapping[str, nn.Module],
     chosen: _Format,
     method: Any,
-) -> tuple[int, int]:
-    """Scales the links of a block where that quantises it better; how many, and of how many."""
+    notes: _Notes,
+) -> None:
+    """Scales the links of a block where that quantises it better."""
     links = list(find_links(block))
     if not links:
         raise UserError(
@@ -179,79 +232,24 @@ def _scale_block(
             "none of them; leave it out"
         )
     before = run_block(block, number, states[0])
-    covered = {id(module) for module in layers.values()}
-    samples = _sample_inputs(block, number, states, [link.readers[0] for link in links])
-    moved = 0
+    read = {id(reader) for link in links for reader in link.readers}
+    samples = sample_inputs(block, number, states, [module for module in layers.values() if id(module) in read])
+    notes.links += len(links)
+    notes.unlinked += [name for name, module in layers.items() if id(module) not in read]
     for link in links:
-        readers = [reader for reader in link.readers if id(reader) in covered]
-        if not readers:
+        seen = [samples[id(reader)] for reader in link.readers if id(reader) in samples]
+        if not seen:
             continue
-        inputs, peaks = samples[id(link.readers[0])]
-        scale = best_scale(link, method, inputs, peaks, readers, chosen.numbers, chosen.group_size, chosen.scale_dtype)
+        scale = best_scale(link, method, seen, chosen.numbers, chosen.group_size, chosen.scale_dtype)
         if scale is not None:
             link.move(scale)
-            moved += 1
-    apart = float((run_block(block, number, states[0]) - before).float().norm() / before.float().norm())
+            notes.scaled += 1
+    apart = distance(before, run_block(block, number, states[0]))
     if not apart <= (1e-4 if before.dtype == torch.float32 else 2e-2):
         raise UserError(
             f"{method}: a scaled {type(block).__name__} computes something else ({apart:.1%} apart), so this "
             "architecture cannot be scaled; leave it out"
         )
-    return moved, len(links)
-
-
-def _sample_inputs(
-    block: nn.Module, number: int, states: Sequence[Batch], modules: Sequence[nn.Linear]
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """id of a layer -> some of its inputs (<= _SAMPLED_ROWS, I), and the largest |input| of all of them (I,)."""
-    kept: dict[int, list[Tensor]] = {id(module): [] for module in modules}
-    peaks: dict[int, Tensor] = {}
-    each = max(1, _SAMPLED_ROWS // len(states))
-
-    def visit(module: nn.Module, rows: Tensor) -> None:
-        largest = rows.float().abs().amax(0)
-        peaks[id(module)] = torch.maximum(peaks[id(module)], largest) if id(module) in peaks else largest
-        kept[id(module)].append(rows[:: max(1, rows.shape[0] // each)][:each])
-
-    _watch(block, number, states, modules, visit)
-    return {key: (torch.cat(rows), peaks[key]) for key, rows in kept.items()}
-
-
-def _hessians(
-    block: nn.Module, number: int, states: Sequence[Batch], layers: Mapping[str, nn.Module], numbers: Numbers
-) -> dict[str, Tensor]:
-    """Layer -> (I, I) sum of x x^T over the calibration tokens, float32, of the inputs as the format rounds them."""
-    names = {id(module): name for name, module in layers.items()}
-    sums: dict[str, Tensor] = {}
-
-    def visit(module: nn.Module, rows: Tensor) -> None:
-        rounded = (rows if numbers.activation is None else numbers.activation(rows)).float()
-        product, name = rounded.t() @ rounded, names[id(module)]
-        sums[name] = sums[name].add_(product) if name in sums else product
-
-    _watch(block, number, states, list(layers.values()), visit)
-    return sums
-
-
-def _watch(
-    block: nn.Module,
-    number: int,
-    states: Sequence[Batch],
-    modules: Sequence[nn.Module],
-    visit: Callable[[nn.Module, Tensor], None],
-) -> None:
-    """Runs a block on every batch; `visit` gets each module's inputs (N, I) at the tokens that are no padding."""
-    with ExitStack() as stack:
-        mask = torch.empty(0)
-
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            visit(module, arguments[0][mask])
-
-        for module in modules:
-            stack.callback(module.register_forward_pre_hook(hook).remove)
-        for state in states:
-            mask = state.mask
-            run_block(block, number, state)
 
 
 @contextmanager

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.algorithms.structure import Norm, find_blocks, find_links, norm_offset, value_rows
+from quantize.algorithms.calibration import distance
+from quantize.algorithms.structure import Norm, find_blocks, find_links, norm_offset, residual_writers, value_rows
 from quantize.errors import UserError
 from quantize.layers import untie
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-"""Largest relative difference of the logits: weights that are rounded once more, and other sums."""
+"""Largest relative difference of the logits (`distance`): weights that are rounded once more, and other sums."""
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def rotate_(model: Any, seed: int = 0) -> list[str]:
     """
     probe = torch.randint(1, model.config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(seed))
     probe = probe.to(model.get_input_embeddings().weight.device)
-    before = model(input_ids=probe, use_cache=False).logits.float()
+    before = model(input_ids=probe, use_cache=False).logits
     generator, notes = torch.Generator().manual_seed(seed), []
     reason = _no_residual_rotation(model)
     if reason is None:
@@ -50,8 +51,7 @@ def rotate_(model: Any, seed: int = 0) -> list[str]:
         notes.append(f"residual stream not rotated: {reason}")
     rotated = sum(_rotate_values(block.self_attn, generator) for block in find_blocks(model)[1] if _attends(block))
     notes.append(f"values rotated in {rotated} blocks")
-    after = model(input_ids=probe, use_cache=False).logits.float()
-    apart = float((after - before).norm() / before.norm())
+    apart = distance(before, model(input_ids=probe, use_cache=False).logits)
     if not apart <= _TOLERANCE.get(model.dtype, 1e-3):
         raise UserError(
             f"spinquant: a rotated {type(model).__name__} computes something else ({apart:.1%} apart), so this "
@@ -82,6 +82,8 @@ def _no_residual_rotation(model: Any) -> str | None:
             return "its blocks norm what they add to it, channel by channel"
         if len(list(_residual_readers(block))) != 2:
             return "not all that reads it is a linear layer behind a norm"
+        if not all(isinstance(writer, nn.Linear) for writer in residual_writers(block)):
+            return "not all that writes to it is a linear layer"
     norms = [link.source for block in find_blocks(model)[1] for link in _residual_readers(block)]
     if any(getattr(norm.module, "bias", None) is not None for norm in norms if isinstance(norm, Norm)):
         return "its norms have biases"
@@ -107,11 +109,11 @@ def _rotate_residual(model: Any, generator: torch.Generator) -> None:
             _fold(link.source, link.readers)
             for reader in link.readers:
                 _times(reader.weight, rotation)
-        for writer in (getattr(block.self_attn, "o_proj", None), getattr(block.mlp, "down_proj", None)):
+        for writer in residual_writers(block):
             _rotate_outputs(writer, 0, rotation)
 
 
-def _fold(norm: Any, readers: tuple[nn.Linear, ...]) -> None:
+def _fold(norm: Any, readers: tuple[Any, ...]) -> None:
     """Moves a norm's gain into what reads it."""
     gain = norm.gain
     for reader in readers:

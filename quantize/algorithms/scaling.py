@@ -4,7 +4,7 @@ AWQ (Lin et al. 2023, arXiv 2306.00978) scales input channels by the mean of the
 SmoothQuant (Xiao et al. 2022, arXiv 2211.10438) by max|x|^a / max|w|^(1-a). The exponent of both is searched for each
 link on calibration data, where the error is that of the format itself: weights and activations as they ship.
 
-Shapes: `O` out_features, `I` in_features, `N` calibration tokens.
+Shapes: `I` in_features.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from quantize.algorithms.calibration import Sample
 from quantize.algorithms.structure import Link
 from quantize.numerics import Numbers
 
@@ -25,9 +26,7 @@ _STEPS = 20  # of the exponent, from 0 to 1
 def best_scale(
     link: Link,
     method: Literal["awq", "smoothquant"],
-    inputs: Tensor,
-    peaks: Tensor,
-    layers: Sequence[nn.Linear],
+    samples: Sequence[Sample],
     numbers: Numbers,
     group_size: int | None,
     scale_dtype: torch.dtype,
@@ -35,13 +34,13 @@ def best_scale(
     """The scale of the link's source channels that quantises best; None where none is better than no scale.
 
     Args:
-        inputs: (N, I) sampled inputs of the readers. peaks: (I,) largest |input| over all calibration tokens.
-        layers: the readers that are quantised.
+        samples: of the readers that are quantised. Each counts by the tokens that reach it, as experts see their own.
     """
-    wanted = [nn.functional.linear(inputs, layer.weight) for layer in layers]
-    best, least = None, _output_error(torch.ones_like(peaks), inputs, layers, wanted, numbers, group_size, scale_dtype)
-    for scale in _CANDIDATES[method](link, inputs, peaks):
-        error = _output_error(link.spread(scale), inputs, layers, wanted, numbers, group_size, scale_dtype)
+    wanted = [nn.functional.linear(sample.inputs, sample.layer.weight) for sample in samples]
+    ones = torch.ones_like(samples[0].peaks)
+    best, least = None, _output_error(ones, samples, wanted, numbers, group_size, scale_dtype)
+    for scale in _CANDIDATES[method](link, samples):
+        error = _output_error(link.spread(scale), samples, wanted, numbers, group_size, scale_dtype)
         if error < least:
             best, least = scale, error
     return best
@@ -49,30 +48,33 @@ def best_scale(
 
 def _output_error(
     scale: Tensor,
-    inputs: Tensor,
-    layers: Sequence[nn.Linear],
+    samples: Sequence[Sample],
     wanted: Sequence[Tensor],
     numbers: Numbers,
     group_size: int | None,
     scale_dtype: torch.dtype,
 ) -> float:
     """Squared error of the quantised layers' outputs with that scale (I,) between them and their source."""
-    divided, total = (inputs.float() / scale).to(inputs.dtype), 0.0
-    for layer, exact in zip(layers, wanted, strict=True):
-        quantised = numbers.quantise(layer.weight.float() * scale, group_size, scale_dtype, None)
-        total += float((numbers.compute(divided, quantised, None) - exact).float().square().sum())
+    total = 0.0
+    for sample, exact in zip(samples, wanted, strict=True):
+        divided = (sample.inputs.float() / scale).to(sample.inputs.dtype)
+        quantised = numbers.quantise(sample.layer.weight.float() * scale, group_size, scale_dtype, None)
+        error = (numbers.compute(divided, quantised, None) - exact).float().square().sum()
+        total += float(error) * sample.tokens / sample.inputs.shape[0]
     return total
 
 
-def _awq(link: Link, inputs: Tensor, peaks: Tensor) -> Iterator[Tensor]:
-    typical = link.shared(inputs.float().abs().mean(0), largest=False).clamp(min=1e-6)
+def _awq(link: Link, samples: Sequence[Sample]) -> Iterator[Tensor]:
+    sizes = torch.stack([sample.inputs.float().abs().mean(0) * sample.tokens for sample in samples])
+    typical = link.shared(sizes.sum(0) / sum(sample.tokens for sample in samples), largest=False).clamp(min=1e-6)
     for step in range(1, _STEPS + 1):
         scale = typical.pow(step / _STEPS).clamp(min=1e-4)
         yield scale / (scale.amax() * scale.amin()).sqrt()
 
 
-def _smoothquant(link: Link, inputs: Tensor, peaks: Tensor) -> Iterator[Tensor]:
-    weights = torch.stack([reader.weight.float().abs().amax(0) for reader in link.readers]).amax(0)
+def _smoothquant(link: Link, samples: Sequence[Sample]) -> Iterator[Tensor]:
+    peaks = torch.stack([sample.peaks for sample in samples]).amax(0)
+    weights = torch.stack([sample.layer.weight.float().abs().amax(0) for sample in samples]).amax(0)
     activation = link.shared(peaks, largest=True).clamp(min=1e-5)
     weight = link.shared(weights, largest=True).clamp(min=1e-5)
     for step in range(_STEPS + 1):
@@ -81,7 +83,7 @@ def _smoothquant(link: Link, inputs: Tensor, peaks: Tensor) -> Iterator[Tensor]:
         yield scale / (scale.amax() * scale.amin()).sqrt()  # a common factor changes nothing but the norm's size
 
 
-_CANDIDATES: Mapping[str, Callable[[Link, Tensor, Tensor], Iterator[Tensor]]] = {
+_CANDIDATES: Mapping[str, Callable[[Link, Sequence[Sample]], Iterator[Tensor]]] = {
     "awq": _awq,
     "smoothquant": _smoothquant,
 }

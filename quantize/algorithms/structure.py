@@ -1,7 +1,7 @@
 """The parts of a decoder that the algorithms work on: its blocks, its norms, and what each linear layer reads.
 
-Known by the names that llama, Qwen, SmolLM, Phi-3 and Gemma give them in transformers; that a change kept the function
-is checked by running it, so another architecture with these names is refused rather than damaged.
+Known by the names that llama, Qwen, SmolLM, Phi-3, Gemma, Mixtral and OLMoE give them in transformers; that a change
+kept the function is checked by running it, so another architecture with these names is refused rather than damaged.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantize.algorithms.experts import experts_of
 from quantize.errors import UserError
 
 _READS_HIDDEN = ("q_proj", "k_proj", "v_proj", "qkv_proj")
@@ -20,20 +21,19 @@ _READS_MLP = ("gate_proj", "up_proj", "gate_up_proj")
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """(name, modules) of the decoder blocks: the longest list of modules that each hold linear layers.
+    """(name, modules) of the decoder blocks: the longest list of modules with linear layers each that lies in no other.
 
     Raises:
         UserError: there is none.
     """
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and all(_has_linear(block) for block in module) and len(module)
-    ]
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)  # a block's experts
+        if isinstance(module, nn.ModuleList) and len(module) and all(map(_has_linear, module)) and not inside:
+            found[name] = module
     if not found:
         raise UserError("this model has no list of decoder blocks, which calibration goes through one by one")
-    # Of lists of one length (experts of a block) the outermost comes first.
-    return max(found, key=lambda item: (len(item[1]), -item[0].count(".")))
+    return max(found.items(), key=lambda item: len(item[1]))
 
 
 def _has_linear(module: nn.Module) -> bool:
@@ -90,13 +90,13 @@ class Link:
 
     Attributes:
         source: whose outputs are divided.
-        readers: the linear layers whose input channels are multiplied; all that read these channels.
+        readers: the linear layers, and routers, whose input channels are multiplied; all that read these channels.
         repeats: how often each of the source's channels is read (grouped-query attention), in blocks of `block`.
         block: neighbouring channels that are repeated together: the size of a head.
     """
 
     source: Norm | Rows
-    readers: tuple[nn.Linear, ...]
+    readers: tuple[Any, ...]
     repeats: int = 1
     block: int = 1
 
@@ -118,8 +118,8 @@ class Link:
         """Divides the source by `scale` and multiplies the readers by it: the function stays the same."""
         self.source.divide(scale)
         inputs = self.spread(scale)
-        for linear in self.readers:
-            linear.weight.copy_((linear.weight.float() * inputs).to(linear.weight.dtype))
+        for reader in self.readers:
+            reader.weight.copy_((reader.weight.float() * inputs).to(reader.weight.dtype))
 
 
 def find_links(block: nn.Module) -> Iterator[Link]:
@@ -137,14 +137,51 @@ def find_links(block: nn.Module) -> Iterator[Link]:
             yield Link(values, (output,), repeats, attention.head_dim)
     norm = getattr(block, "pre_feedforward_layernorm", None) or getattr(block, "post_attention_layernorm", None)
     if mlp is not None and norm is not None:
-        readers = _children(mlp, _READS_MLP)
-        if readers:
-            yield Link(_norm(norm), readers)
-        down = getattr(mlp, "down_proj", None)
-        if isinstance(down, nn.Linear) and readers:
-            # The up projection is multiplied into the gate's activation: its scale passes through.
-            linear, inner = readers[-1], down.in_features
-            yield Link(Rows(linear, linear.out_features - inner, linear.out_features), (down,))
+        parts, others = gated_parts(mlp)
+        if others is not None and parts:
+            readers = tuple(reader for part in parts for reader in _children(part, _READS_MLP))
+            yield Link(_norm(norm), (*readers, *others))
+        for part in parts:
+            down = getattr(part, "down_proj", None)
+            if isinstance(down, nn.Linear):
+                # The up projection is multiplied into the gate's activation: its scale passes through.
+                linear, inner = _children(part, _READS_MLP)[-1], down.in_features
+                yield Link(Rows(linear, linear.out_features - inner, linear.out_features), (down,))
+
+
+def gated_parts(mlp: nn.Module) -> tuple[list[Any], list[Any] | None]:
+    """The gated MLPs that a block's MLP is made of, and what else reads its input.
+
+    Of a mixture these are its experts, which `experts_apart` set apart, and those that every token goes to; what
+    chooses among them (the router) or weighs them reads the same, and is a weight for `x W^T`.
+
+    Returns:
+        gated MLPs; the other readers, None where there may be others that are not known.
+    """
+    if _children(mlp, _READS_MLP):
+        return [mlp], []
+    parts: list[Any] = []
+    others: list[Any] = []
+    known = not list(mlp.parameters(recurse=False))
+    for child in mlp.children():
+        own = list(child.parameters())
+        if experts := experts_of(child):
+            parts += experts
+        elif _children(child, _READS_MLP):
+            parts.append(child)
+        elif isinstance(child, nn.Linear) or (len(own) == 1 and own[0] is child._parameters.get("weight")):
+            others.append(child)
+        elif own:
+            known = False
+    readers = [*others, *(reader for part in parts for reader in _children(part, _READS_MLP))]
+    known = known and len({tuple(reader.weight.shape[1:]) for reader in readers}) == 1
+    return parts, others if known else None
+
+
+def residual_writers(block: Any) -> list[Any]:
+    """What adds to the residual stream: linear layers, None for one that is not known."""
+    parts, _ = gated_parts(block.mlp)
+    return [getattr(block.self_attn, "o_proj", None), *(getattr(part, "down_proj", None) for part in parts)]
 
 
 def value_rows(attention: Any) -> Rows | None:
