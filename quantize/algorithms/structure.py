@@ -188,9 +188,9 @@ def value_rows(attention: Any) -> Rows | None:
     """The rows of the weight that makes the values."""
     if isinstance(getattr(attention, "v_proj", None), nn.Linear):
         return Rows(attention.v_proj, 0, attention.v_proj.out_features)
-    fused = getattr(attention, "qkv_proj", None)
-    if isinstance(fused, nn.Linear):
-        heads = attention.config.num_key_value_heads * attention.head_dim
+    fused, config = getattr(attention, "qkv_proj", None), getattr(attention, "config", None)
+    if isinstance(fused, nn.Linear) and config is not None:
+        heads = config.num_key_value_heads * attention.head_dim
         return Rows(fused, fused.out_features - heads, fused.out_features)
     return None
 
