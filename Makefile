@@ -13,6 +13,8 @@ ARGS   ?=
 # Processes that share the tests, file by file; each computes with one thread.
 JOBS   ?= 2
 PYTEST  = $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
+# In the order of collection: the long files are in e2e/ and come first.
+SHARED  = --dist loadfile --no-loadscope-reorder
 
 # Waiting OpenMP threads spin by default, which costs more than it gains on a few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -46,16 +48,16 @@ format: setup ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 test: setup ## the tests, without the long ones and those that need a GPU; ARGS="-k name" passes options on
-	$(PYTEST) --dist loadfile -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) $(SHARED) -m "not slow and not gpu" $(ARGS)
 
 test-long: setup ## only the long tests, which `make test` leaves out: documented commands, all shipped configs, ...
-	$(PYTEST) --dist loadfile -m "slow and not gpu" $(ARGS)
+	$(PYTEST) $(SHARED) -m "slow and not gpu" $(ARGS)
 
 test-kernels: setup $(TRITON)/.ready ## the GPU kernels, bit for bit, in Triton's interpreter: needs no GPU
 	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 $(PYTEST) tests/kernels $(ARGS)
 
 test-all: setup ## all tests but those that need a GPU
-	$(PYTEST) --dist loadfile -m "not gpu" $(ARGS)
+	$(PYTEST) $(SHARED) -m "not gpu" $(ARGS)
 
 lock-check: setup ## are the locks complete, and do they fit pyproject.toml?
 	$(BIN)/python requirements/check.py

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.algorithms import are_calibrated, check_algorithms
+from quantize.imports import uncollected
 from quantize.jobs import Jobs
 from quantize.runs import GATHERED_VERSION
 from quantize.schemes import find_scheme
@@ -109,8 +110,9 @@ class Stages:
         """Imports the backend, first of all that touches transformers."""
         from train.backends import pick_backend
 
-        backend = pick_backend(self.config.model.backend)
-        import transformers
+        with uncollected():
+            backend = pick_backend(self.config.model.backend)
+            import transformers
 
         transformers.utils.logging.disable_progress_bar()  # one bar at a time: the console's
         return backend

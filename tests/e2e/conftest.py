@@ -33,6 +33,17 @@ class Runs:
         name = next(word.partition("=")[2] for word in options if word.startswith("--run.name="))
         return self.root / name
 
+    def here(self, *options: str) -> Path:
+        """Runs `tiny.yaml` to the end in this process, where torch is imported already; with peft, as unsloth patches.
+
+        For runs that others are compared with: what the command line and unsloth do is not looked at.
+        """
+        from train.config_loading import load_config
+        from train.pipeline import run
+
+        settings = ["--model.backend=peft", f"--run.root={self.root}", *options]
+        return run(load_config("tiny.yaml", settings), sinks=[]).path
+
     def start(self, *options: str) -> subprocess.Popen[str]:
         """Starts and returns at once; the process leads a group of its own."""
         return subprocess.Popen(

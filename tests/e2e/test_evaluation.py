@@ -56,11 +56,11 @@ def test_tasks_run_on_every_arm_and_their_results_lie_side_by_side(runs: Any) ->
 
     before = kept("base"), kept("base_quantized")
     assert all(before)
-    again = runs.finish(*TINY, *options, "--run.name=tasks-again", "--train.learning-rate=2e-3",
-                        "--data.train-samples=100", "--eval.control=False")  # fmt: skip
+    fewer = ("--qat=int8-int4", *options, "--eval.control=False", "--eval.cost-batches=[]")
+    again = runs.here(*fewer, "--run.name=tasks-again", "--train.learning-rate=2e-3", "--data.train-samples=100")
     assert (kept("base"), kept("base_quantized")) == before
     assert runs.metrics(again)["tasks"]["choices"]["base"] == metrics["tasks"]["choices"]["base"]
-    other = runs.finish(*TINY, *options, "--run.name=tasks-groups", "--quantize.skip=o_proj", "--eval.control=False")
+    other = runs.here(*fewer, "--run.name=tasks-groups", "--quantize.skip=o_proj")
     assert kept("base") == before[0] and kept("base_quantized").items() > before[1].items()
     assert runs.metrics(other)["tasks"]["choices"]["base"] == metrics["tasks"]["choices"]["base"]
 
@@ -91,7 +91,11 @@ def test_a_timing_that_fails_costs_its_section_not_the_report(finished: Path, tm
     assert "Not measured: the timing failed (OutOfMemoryError: CUDA out of memory." in text
 
 
-def test_a_task_that_cannot_be_loaded_ends_the_run_before_training(runs: Any, tmp_path: Path) -> None:
+def test_a_task_that_cannot_be_loaded_ends_the_run_before_training(
+    runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from train.cli import main
+
     task = tmp_path / "mine.yaml"
     task.write_text(
         "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: {test: gone.jsonl}}\ntest_split: test\n"
@@ -101,10 +105,11 @@ def test_a_task_that_cannot_be_loaded_ends_the_run_before_training(runs: Any, tm
         ("gsm8k", "gsm8k cannot be loaded"),
         ("gsm9", "did you mean"),
     ):
-        done = runs.train(*TINY, f'--eval.tasks=["{name}"]', f"--run.name=refused-{Path(name).stem}")
-        assert done.returncode == 2, done.stderr[-2000:]
-        assert said in done.stderr and "Traceback" not in done.stderr
-        assert "fit-" not in done.stdout
+        here = (f"--run.root={runs.root}", f"--run.name=refused-{Path(name).stem}", "--model.backend=peft")
+        assert main([*TINY, *here, f'--eval.tasks=["{name}"]']) == 2
+        shown = capsys.readouterr()
+        assert said in shown.err and "Traceback" not in shown.err
+        assert "fit-" not in shown.out
 
 
 def test_every_key_of_the_metrics_is_there_or_has_its_reason(finished: Path, runs: Any) -> None:

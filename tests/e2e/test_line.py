@@ -67,17 +67,8 @@ def test_the_same_command_again_finds_everything_done(finished: Path, runs: Any)
     assert (finished / "metrics.json").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        "sft_qwen3",
-        "sft_qwen3_moe",
-        pytest.param("sft_phi4_mini", marks=pytest.mark.slow),
-        pytest.param("sft_smollm3", marks=pytest.mark.slow),
-        pytest.param("sft_gemma3_270m", marks=pytest.mark.slow),
-    ],
-)
-def test_every_shipped_config_runs_offline_on_a_tiny_model_of_its_architecture(config: str, runs: Any) -> None:
+@pytest.mark.parametrize("config", ["sft_qwen3", "sft_qwen3_moe"])  # all: test_documented_configs.py
+def test_a_shipped_config_runs_offline_on_a_tiny_model_of_its_architecture(config: str, runs: Any) -> None:
     few = ("--train.max-steps=3", "--train.warmup-steps=1", "--train.gradient-accumulation-steps=1")
     small = ("--train.max-length=256", "--data.train-samples=64", "--data.eval-samples=12", f"--run.name={config}")
     run = runs.finish("--config", f"{config}.yaml", "--qat", "int8-int4", "--model.random=tiny", *few, *small)

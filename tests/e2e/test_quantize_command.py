@@ -282,9 +282,9 @@ def test_a_machine_without_the_target_says_what_it_lacks(finished: Path, capsys:
 
 
 def test_runs_are_compared_on_one_page_in_pairs(finished: Path, runs: Any, tmp_path: Path) -> None:
-    few = ("--config", "tiny.yaml", "--qat", "int3", "--eval.control=False", "--eval.cost-batches=[]")
-    other = runs.finish(*few, "--run.name=other-format")
-    fewer = runs.finish(*few, "--data.eval-samples=16", "--run.name=other-samples")
+    few = ("--qat=int3", "--eval.control=False", "--eval.cost-batches=[]")
+    other = runs.here(*few, "--run.name=other-format")
+    fewer = runs.here(*few, "--data.eval-samples=16", "--run.name=other-samples")
     output = tmp_path / "page"
     done = runs.quantize(
         "compare", str(finished), str(other), fewer.name, "--root", str(runs.root), "--output", str(output)
@@ -336,7 +336,9 @@ def test_the_same_samples_in_another_order_are_paired_and_equal_names_told_apart
         ("nowhere", "is neither a run nor a folder of runs"),
     ],
 )
-def test_what_cannot_be_compared_is_said(damage: str, said: str, finished: Path, runs: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_said(
+    damage: str, said: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy = tmp_path / "copy"
     for name in ("metrics.json", "manifest.json", "config.resolved.json", "eval/final.parquet"):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
@@ -358,8 +360,9 @@ def test_what_cannot_be_compared_is_said(damage: str, said: str, finished: Path,
             names = names[:1]
         case "nowhere":
             names[1] = str(tmp_path / "gone")
-    done = runs.quantize("compare", *names, "--output", str(tmp_path / "page"))
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert main(["compare", *names, "--output", str(tmp_path / "page")]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
 
 
 def test_algorithms_choose_the_numbers_and_leave_a_record(finished: Path, runs: Any, tmp_path: Path) -> None:
