@@ -28,7 +28,7 @@ class Measured:
         memory: MiB of the weights as they were loaded; nothing of a simulation or a run's stored arm.
         rows: results on tasks, of the models that were run on the same samples.
         layers: by name the fields of `quantize.layer_health.LayerHealth`.
-        checked: what `quantize.worker.check_tasks` says.
+        checked: what `quantize.worker_jobs.check_tasks` says.
     """
 
     scores: Mapping[str, Scores]

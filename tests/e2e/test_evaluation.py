@@ -66,7 +66,7 @@ def test_tasks_run_on_every_arm_and_their_results_lie_side_by_side(runs: Any) ->
 
 
 def test_a_timing_that_fails_costs_its_section_not_the_report(finished: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    from quantize import cost, worker
+    from quantize import cost, worker, worker_jobs
     from quantize.run_report import write_report
 
     def fails(model: Any, batches: Any, compiled: bool) -> Any:
@@ -76,9 +76,9 @@ def test_a_timing_that_fails_costs_its_section_not_the_report(finished: Path, tm
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     job = {"model": str(run / "merged"), "dtype": "float32", "batches": [1], "compiled": True}
-    measured = worker.cost(job, lambda done, total: None)
+    measured = worker_jobs.cost(job, lambda done, total: None)
     assert measured == {"failed": "OutOfMemoryError: CUDA out of memory. Tried to allocate 3 TiB"}
-    gone = worker.cost(job | {"model": str(run / "gone")}, lambda done, total: None)
+    gone = worker_jobs.cost(job | {"model": str(run / "gone")}, lambda done, total: None)
     assert gone["failed"].startswith("OSError: ")
 
     def dies() -> Any:

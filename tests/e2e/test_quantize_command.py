@@ -210,7 +210,7 @@ def test_a_model_that_computes_nan_is_named_or_has_no_loss(arm: str, finished: P
     from safetensors.torch import load_file, save_file
 
     from quantize.jobs import Jobs
-    from quantize.worker import evaluate
+    from quantize.worker_jobs import evaluate
 
     broken = tmp_path / "model"
     shutil.copytree(finished / "merged", broken)

@@ -18,7 +18,7 @@ from quantize.task_checks import check_runnable, context_length
 from quantize.task_metrics import task_metrics
 from quantize.task_rows import rows_of
 from quantize.tasks import Row, Settings, few_shot_numbers, load_rows, load_tasks, run_tasks, save_rows
-from quantize.worker import check_tasks
+from quantize.worker_jobs import check_tasks
 from train.models import byte_tokenizer
 
 ROWS = [

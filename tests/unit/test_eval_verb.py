@@ -48,14 +48,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Jobs run in this process, which saves seconds a test; the kinds that ran."""
-    from quantize import worker
+    from quantize import worker, worker_jobs
 
     kinds: dict[str, Callable[..., Any]] = {
-        "evaluate": worker.evaluate,
-        "measure": worker.measure,
-        "repack": worker.repack,
-        "tasks": worker.check_tasks,
-        "benchmark": worker.benchmark,
+        "evaluate": worker_jobs.evaluate,
+        "measure": worker_jobs.measure,
+        "repack": worker_jobs.repack,
+        "tasks": worker_jobs.check_tasks,
+        "benchmark": worker_jobs.benchmark,
     }
     ran: list[str] = []
 
