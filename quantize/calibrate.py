@@ -147,9 +147,11 @@ def choose_by(
         UserError: the algorithms do not fit the format or the model, or the data cannot be used.
     """
     from quantize.algorithms.choose import check_fit, choose_numbers
+    from quantize.evaluate import refuse_unknown_tokens
 
     check_fit(recipe.algorithms, scheme, target)
     data = load_calibration(recipe, tokenizer()) if are_calibrated(recipe.algorithms) else None
     batches = data.batches if data is not None else ()
+    refuse_unknown_tokens(model, max((int(ids.max()) for ids, _ in batches), default=0))
     chosen = choose_numbers(model, scheme, target, group_size, coverage, recipe.algorithms, batches, progress=progress)
     return chosen, None if data is None else data.about

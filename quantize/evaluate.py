@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quantize.errors import UserError
+
 TEXTS = ("prompt", "answer", "greedy_text")
 
 
@@ -139,7 +141,11 @@ def evaluate_model(
         batch_size: samples a batch.
         reference: model whose distribution the KL divergence is measured from.
         progress: called with (samples done, all samples).
+
+    Raises:
+        UserError: the samples have tokens that the model does not know.
     """
+    refuse_unknown_tokens(model, max((max(sample.input_ids, default=0) for sample in samples), default=0))
     tally = _Tally(len(samples), compared=reference is not None)
     with _evaluating(model) as device:
         for batch in _answers(samples, batch_size, device, progress):
@@ -243,6 +249,16 @@ class _Tally:
     def scores(self) -> Scores:
         """What was gathered."""
         return Scores(self.nll, self.tokens, self.exact, self.kl, self.top1, self.greedy)
+
+
+def refuse_unknown_tokens(model: Any, largest: int) -> None:
+    """Raises UserError where a token id is beyond a model's embedding: a GPU would only say that a kernel failed."""
+    known = model.get_input_embeddings().weight.shape[0]
+    if largest >= known:
+        raise UserError(
+            f"the text has token {largest}, and the model's embedding ends at {known - 1}: its tokenizer is not "
+            "its own, or tokens were added to it alone; use the tokenizer that the model was trained with"
+        )
 
 
 def batches(samples: Sequence[Sample], batch_size: int) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:

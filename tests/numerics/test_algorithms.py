@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,12 +19,15 @@ from quantize.algorithms.gptq import round_gptq
 from quantize.algorithms.hqq import round_hqq
 from quantize.algorithms.rotation import hadamard, rotate_
 from quantize.algorithms.structure import Norm, find_blocks, find_links, norm_offset
+from quantize.calibrate import Recipe, choose_by
 from quantize.errors import UserError
+from quantize.evaluate import Sample, evaluate_model
 from quantize.integers import INT4, INT8_INT4, TINYGEMM
 from quantize.layers import select_layers
 from quantize.numerics import Numbers
-from quantize.schemes import SCHEMES
+from quantize.schemes import SCHEMES, find_scheme
 from quantize.simulate import simulate_
+from train.models import byte_tokenizer
 
 ARCHITECTURES = ("llama", "qwen3", "phi3", "smollm3", "gemma3_text")
 BATCHES = [(IDS, torch.ones_like(IDS)), (IDS.flip(0), torch.tensor([[1] * 20, [1] * 12 + [0] * 8]))]
@@ -284,6 +289,20 @@ def test_calibration_needs_data() -> None:
     coverage = select_layers(model, format_, 32, format_.targets["cpu"])
     with pytest.raises(UserError, match="gptq: calibration data is needed; name some with --calibration"):
         choose_numbers(model, format_, format_.targets["cpu"], 32, coverage, ["gptq"])
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(tmp_path: Path) -> None:
+    """A tokenizer of another model: an index error, or on a GPU a failed kernel, if nobody looks."""
+    model, scheme = tiny_model("qwen3"), find_scheme("int4")
+    known = model.get_input_embeddings().weight.shape[0]
+    data = tmp_path / "text.jsonl"
+    data.write_text(json.dumps({"text": "x" * 300}) + "\n", encoding="utf-8")
+    recipe, target = Recipe(algorithms=("gptq",), data=data), scheme.find_target("cpu")
+    coverage = select_layers(model, scheme, 32, target)
+    with pytest.raises(UserError, match=f"the model's embedding ends at {known - 1}"):
+        choose_by(recipe, model, byte_tokenizer, scheme, target, 32, coverage)
+    with pytest.raises(UserError, match="tokenizer"):
+        evaluate_model(model, [Sample([1, known], [0, 1])], batch_size=1)
 
 
 def test_an_architecture_that_computes_otherwise_is_refused() -> None:
