@@ -296,7 +296,7 @@ def test_tokens_that_the_model_does_not_know_are_refused(tmp_path: Path) -> None
     model, scheme = tiny_model("qwen3"), find_scheme("int4")
     known = model.get_input_embeddings().weight.shape[0]
     data = tmp_path / "text.jsonl"
-    data.write_text(json.dumps({"text": "x" * 300}) + "\n", encoding="utf-8")
+    data.write_text(json.dumps({"text": "é" * 300}) + "\n", encoding="utf-8")
     recipe, target = Recipe(algorithms=("gptq",), data=data), scheme.find_target("cpu")
     coverage = select_layers(model, scheme, 32, target)
     with pytest.raises(UserError, match=f"the model's embedding ends at {known - 1}"):
