@@ -85,17 +85,18 @@ def suits(weight: Tensor, numerics: LayerNumerics | None, compute: torch.dtype, 
     Args:
         numerics: None where the weights keep 16 bit. rank: of adapters that are outside; 0 = none.
     """
-    if not weight.is_cuda or {weight.dtype, compute} != {torch.bfloat16} or not hasattr(torch, "_scaled_grouped_mm"):
+    if not weight.is_cuda or {weight.dtype, compute} != {torch.bfloat16}:
         return False
-    if torch.cuda.get_device_capability(weight.device) < (9, 0) or any(size % 16 for size in weight.shape[1:]):
-        return False
-    if rank % ALIGNED:
+    capability = torch.cuda.get_device_capability(weight.device)
+    if capability < (9, 0) or any(size % 16 for size in weight.shape[1:]) or rank % ALIGNED:
         return False
     if numerics is None:
         return True
     path = numerics.path(weight, compute)
-    with_kernels = isinstance(path, FusedPath) and (not path.rows or path.kind == "fp8")
-    return with_kernels and numerics.factor is None
+    if not isinstance(path, FusedPath) or numerics.factor is not None:
+        return False
+    # torch's grouped product of float8 with a scale a row is Hopper's alone.
+    return not path.rows or (path.kind == "fp8" and capability == (9, 0) and hasattr(torch, "_scaled_grouped_mm"))
 
 
 def fake_quant_product(projection: Projection, numerics: LayerNumerics) -> Product:
