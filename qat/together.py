@@ -67,14 +67,15 @@ def apply_together(
     """`quantize.experts.apply_experts` with products of all experts at once; the sum over a token's is in its order.
 
     Args:
-        hidden: (N, I). chosen: (N, K) expert of each token, below `experts`. weights: (N, K) what its output counts.
+        hidden: (N, I). chosen: (N, K) expert of each token, all below `experts`: on one device there is no other.
+            weights: (N, K) what its output counts.
         products: "gate_up_proj" and "down_proj" -> their product.
         gated: the activation: (M, 2 F) -> (M, F).
     """
     routing = Routing.of(chosen, experts)
-    rows: Tensor = _Sorted.apply(hidden, routing)
+    rows: Tensor = _Sorted.apply(hidden, routing.order, routing.inverse, routing.choices)
     inner = gated(products["gate_up_proj"](rows, routing.ends))
-    found: Tensor = _Unsorted.apply(products["down_proj"](inner, routing.ends), routing)
+    found: Tensor = _Unsorted.apply(products["down_proj"](inner, routing.ends), routing.order, routing.inverse)
     weighted = found.reshape(*chosen.shape, -1) * weights.unsqueeze(-1)
     return weighted.sum(1).to(hidden.dtype)
 
@@ -124,27 +125,30 @@ class _Sorted(torch.autograd.Function):
     """(N, I) -> (M, I): each token once for each of its experts, sorted by them."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, routing: Routing) -> Tensor:
-        ctx.routing = routing
-        return hidden.index_select(0, routing.order // routing.choices)
+    def forward(ctx: Any, hidden: Tensor, order: Tensor, inverse: Tensor, choices: int) -> Tensor:
+        ctx.save_for_backward(inverse)  # not on ctx: a checkpoint that computes again may route a tie otherwise
+        ctx.choices = choices
+        return hidden.index_select(0, order // choices)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        each = grad.index_select(0, ctx.routing.inverse)
-        return each.reshape(-1, ctx.routing.choices, each.shape[-1]).sum(1), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (inverse,) = ctx.saved_tensors
+        each = grad.index_select(0, inverse)
+        return each.reshape(-1, ctx.choices, each.shape[-1]).sum(1), None, None, None
 
 
 class _Unsorted(torch.autograd.Function):
     """(M, O) sorted by expert -> (M, O) by token."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, routing: Routing) -> Tensor:
-        ctx.routing = routing
-        return rows.index_select(0, routing.inverse)
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return rows.index_select(0, inverse)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(0, ctx.routing.order), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (order,) = ctx.saved_tensors
+        return grad.index_select(0, order), None, None
 
 
 class _Grouped(torch.autograd.Function):
@@ -167,14 +171,15 @@ class _Grouped(torch.autograd.Function):
             inputs = path.inputs(rows.to(compute))
             weights = fake_quant_weights(path, [projection], [numerics], compute)
             output = _product(inputs, weights[0], ends, numerics.experts, compute)
-        save_for_backward(ctx, path, (inputs,), [projection], weights, (numerics,))
-        ctx.dtype, ctx.compute, ctx.ends = rows.dtype, compute, ends
+        save_for_backward(ctx, path, (inputs, ends), [projection], weights, (numerics,))
+        ctx.dtype, ctx.compute = rows.dtype, compute
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (inputs,), (projection,), weights = saved(ctx)
-        path, numerics, ends, compute = ctx.path, ctx.numerics[0], ctx.ends, ctx.compute
+        (inputs, ends), (projection,), weights = saved(ctx)
+        assert isinstance(ends, Tensor)
+        path, numerics, compute = ctx.path, ctx.numerics[0], ctx.compute
         by_expert = numerics.experts, -1
         _, _, _, needs_weight, needs_a, needs_b = ctx.needs_input_grad
         grad_rows = grad_weight = None

@@ -145,7 +145,9 @@ def evaluate_model(
     Raises:
         UserError: the samples have tokens that the model does not know.
     """
-    refuse_unknown_tokens(model, max((max(sample.input_ids, default=0) for sample in samples), default=0))
+    for each in (model, reference):
+        if each is not None:
+            _refuse_samples(each, samples)
     tally = _Tally(len(samples), compared=reference is not None)
     with _evaluating(model) as device:
         for batch in _answers(samples, batch_size, device, progress):
@@ -168,7 +170,11 @@ def evaluate_variants(
     Args:
         variants: by name, what makes the model that variant while it is held.
         progress: called with (samples done, all samples).
+
+    Raises:
+        UserError: the samples have tokens that the model does not know.
     """
+    _refuse_samples(model, samples)
     tallies = {name: _Tally(len(samples), compared=True) for name in variants}
     with _evaluating(model) as device:
         for batch in _answers(samples, batch_size, device, progress):
@@ -249,6 +255,10 @@ class _Tally:
     def scores(self) -> Scores:
         """What was gathered."""
         return Scores(self.nll, self.tokens, self.exact, self.kl, self.top1, self.greedy)
+
+
+def _refuse_samples(model: Any, samples: Sequence[Sample]) -> None:
+    refuse_unknown_tokens(model, max((max(sample.input_ids, default=0) for sample in samples), default=0))
 
 
 def refuse_unknown_tokens(model: Any, largest: int) -> None:

@@ -78,7 +78,7 @@ class Path:
     def quantise(self, layer: Layer) -> Quantised:
         """The merged weight on the grid that ships."""
         if layer.experts > 1:
-            return join([self.quantise(each) for each in layer.apart()])
+            return join([self.quantise(each).compact() for each in layer.apart()])
         merged = merged_weight(layer.weight, layer.lora_a, layer.lora_b, layer.scaling)
         return self.numbers.quantise(merged, layer.group_size, layer.dtype, layer.factor)
 

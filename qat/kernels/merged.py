@@ -101,7 +101,8 @@ def _add_product(low_rank, a, b_ptr, scaling, rows, row_ids, start, RANK: tl.con
     """`low_rank` + s B A of the `RANK_BLOCK` ranks from `start`."""
     r = start + tl.arange(0, RANK_BLOCK)
     inside = (row_ids < rows)[:, None] & (r < RANK)[None, :]
-    b = tl.load(b_ptr + row_ids[:, None] * RANK + r[None, :], mask=inside, other=0.0).to(tl.float32) * scaling
+    offsets = row_ids.to(tl.int64)[:, None] * RANK + r[None, :]
+    b = tl.load(b_ptr + offsets, mask=inside, other=0.0).to(tl.float32) * scaling
     upper_a, upper_b = upper(a), upper(b)
     low_rank = tl.dot(b - upper_b, upper_a, low_rank, input_precision="tf32")
     low_rank = tl.dot(upper_b, a - upper_a, low_rank, input_precision="tf32")

@@ -112,7 +112,7 @@ def sample_inputs(
     def visit(module: nn.Module, rows: Tensor) -> None:
         key, largest = id(module), rows.float().abs().amax(0)
         peaks[key] = torch.maximum(peaks[key], largest) if key in peaks else largest
-        kept.setdefault(key, []).append(rows[:: max(1, rows.shape[0] // each)][:each])
+        kept.setdefault(key, []).append(rows[:: max(1, rows.shape[0] // each)][:each].clone())
         tokens[key] = tokens.get(key, 0) + rows.shape[0]
 
     _watch(block, number, states, modules, visit)

@@ -14,6 +14,9 @@ import pytest
 
 TINY = ("--config", "tiny.yaml", "--qat", "int8-int4", "--eval.cost-batches=[]")
 
+# Before any library of the hub is imported: some tests run the line in this process.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 
 @dataclass(frozen=True)
 class Runs:

@@ -17,7 +17,9 @@ from quantize.experts import MATRICES
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+    ),
 ]
 
 SHAPE = {
@@ -81,15 +83,7 @@ def test_all_at_once_is_the_loop_over_experts(
         output = matrix.outer(hidden, chosen, weights)
         grads = torch.autograd.grad(output, [hidden, weights, *trained], upstream)
         outputs.append([output, *grads])
-    assert used[0] or (rank == 4 and placement == "outside")
+    if not (rank == 4 and placement == "outside" and adapted):  # a rank that a grouped product does not take
+        assert all(used[:2])
     for ours, theirs in zip(*outputs, strict=True):
         assert _apart(ours, theirs) < 2e-2, (ours.shape, _apart(ours, theirs))
-    print(
-        "@",
-        scheme,
-        target,
-        rank,
-        placement,
-        len(adapted),
-        [f"{_apart(*pair):.1e}" for pair in zip(*outputs, strict=True)],
-    )

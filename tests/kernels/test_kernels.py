@@ -144,6 +144,17 @@ def test_experts_in_one_launch(name: str, group: int | None) -> None:
         _assert_same(ours, theirs)
 
 
+def test_a_programs_rows_lie_within_one_expert() -> None:
+    from qat.kernels import grouped, merged, rows
+
+    for count in (16, 48, 1536, 2816, 7168):
+        kind = merged.Kind((128 * count,), 2048, 16, (torch.bfloat16,) * 3, experts=128)
+        for blocks in (grouped.SYMMETRIC, grouped.ASYMMETRIC, rows.MANY_ROWS, rows.FEW_ROWS):
+            fitted = merged.within_expert(merged.fitted(blocks, kind, 32), kind)
+            assert count % (fitted.rows * fitted.steps) == 0 and fitted.rows >= merged.SMALLEST
+            assert fitted.steps == blocks.steps or count < 1536 or count % (blocks.rows * blocks.steps)
+
+
 @pytest.mark.parametrize(("name", "group"), FORMATS)
 def test_matrices_that_are_not_contiguous(name: str, group: int | None) -> None:
     fused, plain = _paths((GROUPED | ROWS)[name])

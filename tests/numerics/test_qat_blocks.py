@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from qat import forwards
 from qat.cache import WeightCache
+from qat.function import NoAutocast
 from qat.kernels import Layer, Path, path_of
 from qat.layer import LayerNumerics, Projection
-from qat.linear import _NoAutocast, fake_quant_linears, fake_quant_swiglu
+from qat.linear import fake_quant_linears, fake_quant_swiglu
 from qat.prepare import Prepared, prepare_qat, remove_qat
 from quantize import integers
 from quantize.errors import UserError
@@ -327,7 +328,7 @@ def test_the_kernels_are_chosen_in_one_place() -> None:
 
 def test_autocast_is_off_inside_and_on_again_after_an_error() -> None:
     def fail() -> None:
-        with _NoAutocast("cpu"):
+        with NoAutocast("cpu"):
             assert not torch.is_autocast_enabled("cpu")
             raise ValueError("inside")
 
@@ -335,7 +336,7 @@ def test_autocast_is_off_inside_and_on_again_after_an_error() -> None:
         with pytest.raises(ValueError, match="inside"):
             fail()
         assert torch.is_autocast_enabled("cpu")
-    with _NoAutocast("cpu"):
+    with NoAutocast("cpu"):
         assert not torch.is_autocast_enabled("cpu")
     assert not torch.is_autocast_enabled("cpu")
 
