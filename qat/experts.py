@@ -22,7 +22,7 @@ from qat.function import compute_dtype
 from qat.kernels import merged_weight
 from qat.layer import LayerNumerics, Projection
 from qat.linear import fake_quant_linear
-from qat.together import adapter_product, apply_together, fake_quant_product, plain_product, suits
+from qat.together import GroupedProduct, adapter_product, apply_together, fake_quant_product, plain_product, suits
 from quantize import experts
 from quantize.errors import UserError
 from quantize.layers import plain_name
@@ -57,11 +57,6 @@ class ExpertMatrix:
         return 1.0 if self.wrapper is None else float(self.wrapper.scaling[self._adapter])
 
     @property
-    def rank(self) -> int:
-        """R; 0 without an adapter."""
-        return 0 if self.wrapper is None else int(self.wrapper.r[self._adapter])
-
-    @property
     def _adapter(self) -> str:
         (name,) = self.wrapper.active_adapters
         return str(name)
@@ -72,11 +67,13 @@ class ExpertMatrix:
         return experts.count_of(self.experts)
 
     def projection(self, factor: Tensor | None) -> Projection:
-        """What all experts multiply, one below the other: W (E * O, I), A (E * R, I), B (E * O, R); no adapter in use:
-        None.
+        """What all experts multiply, one below the other: W (E * O, I), A (E * R, I), B (E * O, R).
 
         Args:
             factor: (E * O, G) of the ranges.
+
+        Returns:
+            A and B are None where no adapter is in use.
         """
         weight = self.weight.flatten(0, 1)
         if self.wrapper is None or self.wrapper.disable_adapters:
@@ -105,7 +102,7 @@ class ExpertMatrix:
     def quantise(self, numerics: LayerNumerics) -> Quantised:
         """W + s B A of every expert on the grid that ships, one below the other: (E * O, I)."""
         weight, lora_a, lora_b, _, _ = self.projection(numerics.factor)
-        return replace(numerics, experts=self.count).quantise(weight, lora_a, lora_b).compact()
+        return numerics.quantise(weight, lora_a, lora_b).compact()
 
 
 def expert_matrices(model: nn.Module) -> dict[str, ExpertMatrix]:
@@ -140,7 +137,8 @@ def experts_forward(
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         for matrix, numerics in matrices:
             _refuse_changed(matrix, numerics)
-        if all(_suits(matrix, numerics, hidden_states, inside=inside) for matrix, numerics in matrices):
+        compute = compute_dtype(hidden_states, matrices[0][0].weight)
+        if all(suits(matrix.weight, numerics, compute) for matrix, numerics in matrices):
             at_once = {matrix.leaf: _together(matrix, numerics, inside) for matrix, numerics in matrices}
             gated = experts.gate_of(held)
             output = apply_together(hidden_states, top_k_index, top_k_weights, experts.count_of(held), at_once, gated)
@@ -155,23 +153,18 @@ def experts_forward(
     return forward
 
 
-def _suits(matrix: ExpertMatrix, numerics: LayerNumerics | None, hidden: Tensor, *, inside: bool) -> bool:
-    outside = numerics is None or not inside
-    return suits(matrix.weight, numerics, compute_dtype(hidden, matrix.weight), matrix.rank if outside else 0)
-
-
-def _together(matrix: ExpertMatrix, numerics: LayerNumerics | None, inside: bool) -> Callable[[Tensor, Tensor], Tensor]:
+def _together(matrix: ExpertMatrix, numerics: LayerNumerics | None, inside: bool) -> GroupedProduct:
     """The product of all experts at once."""
     projection = matrix.projection(None)
-    adapted = projection.lora_a is not None
+    lora_a, lora_b = projection.lora_a, projection.lora_b
     if numerics is None:
         base = plain_product(matrix.weight)
     else:
         within = projection if inside else projection._replace(lora_a=None, lora_b=None)
-        base = fake_quant_product(within, replace(numerics, experts=matrix.count))
-    if not adapted or (inside and numerics is not None):
+        base = fake_quant_product(within, numerics)
+    if lora_a is None or lora_b is None or (inside and numerics is not None):
         return base
-    more = adapter_product(projection, matrix.scaling, matrix.count, matrix.weight.dtype)
+    more = adapter_product(lora_a, lora_b, matrix.scaling, matrix.count, matrix.weight.dtype)
     return lambda rows, ends: base(rows, ends) + more(rows, ends)
 
 
@@ -207,7 +200,7 @@ def _apart(numerics: LayerNumerics, count: int) -> list[LayerNumerics]:
     """The numbers of each expert's matrix, its part of the ranges' factors being a view of theirs."""
     factor = numerics.factor
     parts = [None] * count if factor is None else factor.detach().reshape(count, -1, factor.shape[-1]).unbind(0)
-    return [replace(numerics, name=f"{numerics.name}[{n}]", factor=part) for n, part in enumerate(parts)]
+    return [replace(numerics, name=f"{numerics.name}[{n}]", factor=part, experts=1) for n, part in enumerate(parts)]
 
 
 def _refuse_changed(matrix: ExpertMatrix, numerics: LayerNumerics | None) -> None:

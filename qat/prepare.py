@@ -188,7 +188,8 @@ def prepare_qat(
     )
     for name, module in modules.items():
         weight = weight_of(module)
-        numerics = replace(common, name=name, dtype=dtype or weight.dtype, scaling=scaling_of(module))
+        count = module.count if isinstance(module, ExpertMatrix) else 1
+        numerics = replace(common, name=name, dtype=dtype or weight.dtype, scaling=scaling_of(module), experts=count)
         if ranges == "mse" or learned_scales:
             numerics = replace(numerics, factor=_factor(weight, numerics, learned_scales))
         prepared.layers[name] = (module, numerics)

@@ -18,14 +18,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qat.function import NoAutocast, compute_dtype, fake_quant_weights, restored_weights, save_for_backward, saved
-from qat.kernels import FusedPath
 from qat.layer import LayerNumerics, Projection
 from quantize.numerics import Quantised
 
 ALIGNED = 8
 """Values of 16 bit that the rows of a grouped product's operands must be a multiple of."""
 
-Product = Callable[[Tensor, Tensor], Tensor]
+GroupedProduct = Callable[[Tensor, Tensor], Tensor]
 """(inputs (M, I) sorted by expert, ends (E,)) -> (M, O)."""
 
 
@@ -61,7 +60,7 @@ def apply_together(
     chosen: Tensor,
     weights: Tensor,
     experts: int,
-    products: Mapping[str, Product],
+    products: Mapping[str, GroupedProduct],
     gated: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """`quantize.experts.apply_experts` with products of all experts at once; the sum over a token's is in its order.
@@ -80,44 +79,36 @@ def apply_together(
     return weighted.sum(1).to(hidden.dtype)
 
 
-def suits(weight: Tensor, numerics: LayerNumerics | None, compute: torch.dtype, rank: int) -> bool:
+def suits(weight: Tensor, numerics: LayerNumerics | None, compute: torch.dtype) -> bool:
     """Whether the experts' weights (E, O, I) can be multiplied at once: where the GPU and the format have kernels.
 
     Args:
-        numerics: None where the weights keep 16 bit. rank: of adapters that are outside; 0 = none.
+        numerics: None where the weights keep 16 bit.
     """
     if not weight.is_cuda or {weight.dtype, compute} != {torch.bfloat16}:
         return False
     capability = torch.cuda.get_device_capability(weight.device)
-    if capability < (9, 0) or any(size % 16 for size in weight.shape[1:]) or rank % ALIGNED:
+    if capability < (9, 0) or any(size % 16 for size in weight.shape[1:]):
         return False
     if numerics is None:
         return True
-    path = numerics.path(weight, compute)
-    if not isinstance(path, FusedPath) or numerics.factor is not None:
-        return False
-    # torch's grouped product of float8 with a scale a row is Hopper's alone.
-    return not path.rows or (path.kind == "fp8" and capability == (9, 0) and hasattr(torch, "_scaled_grouped_mm"))
+    return numerics.factor is None and numerics.path(weight, compute).takes_experts(capability)
 
 
-def fake_quant_product(projection: Projection, numerics: LayerNumerics) -> Product:
+def fake_quant_product(projection: Projection, numerics: LayerNumerics) -> GroupedProduct:
     """The product with the weights as they ship, the adapters inside. `numerics.experts` is E."""
     weight, lora_a, lora_b, _, _ = projection
     return lambda rows, ends: _Grouped.apply(rows, ends, numerics, weight, lora_a, lora_b)
 
 
-def plain_product(weight: Tensor) -> Product:
+def plain_product(weight: Tensor) -> GroupedProduct:
     """The product with weights (E, O, I) as they are."""
-    return lambda rows, ends: torch.nn.functional.grouped_mm(rows.to(weight.dtype), weight.mT, offs=ends)
+    return lambda rows, ends: _grouped_mm(rows.to(weight.dtype), weight.mT, ends)
 
 
-def adapter_product(projection: Projection, scaling: float, experts: int, dtype: torch.dtype) -> Product:
+def adapter_product(lora_a: Tensor, lora_b: Tensor, scaling: float, experts: int, dtype: torch.dtype) -> GroupedProduct:
     """What the adapters add where they are outside: s (x A^T) B^T."""
-    assert projection.lora_a is not None and projection.lora_b is not None
-    lora_a, lora_b = (
-        part.reshape(experts, -1, part.shape[-1]).to(dtype) for part in (projection.lora_a, projection.lora_b)
-    )
-    inner, outer = plain_product(lora_a), plain_product(lora_b)
+    inner, outer = map(plain_product, _each_adapter(lora_a, lora_b, experts, dtype))
     return lambda rows, ends: outer(inner(rows, ends), ends) * scaling
 
 
@@ -218,15 +209,21 @@ def _to_adapters(
     grad: Tensor, flat: Tensor, lora_a: Tensor, lora_b: Tensor, numerics: LayerNumerics, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of A (E R, I) and B (E O, R): dA = s (dY B)^T Xq, dB = s dY^T (Xq A^T), expert by expert."""
-    experts, rank = numerics.experts, lora_b.shape[-1]
-    more = -rank % ALIGNED
-    each_a = pad(lora_a.to(flat.dtype).reshape(experts, rank, -1), (0, 0, 0, more))
-    each_b = pad(lora_b.to(flat.dtype).reshape(experts, -1, rank), (0, more))
+    rank = lora_b.shape[-1]
+    each_a, each_b = _each_adapter(lora_a, lora_b, numerics.experts, flat.dtype)
     low_rank = _grouped_mm(flat, each_a.mT, ends)
     to_low_rank = _grouped_mm(grad, each_b, ends)
     grad_b = _grouped_mm(grad.t(), low_rank, ends)[..., :rank] * numerics.scaling
     grad_a = _grouped_mm(to_low_rank.t(), flat, ends)[:, :rank] * numerics.scaling
     return grad_a.reshape(lora_a.shape), grad_b.reshape(lora_b.shape)
+
+
+def _each_adapter(lora_a: Tensor, lora_b: Tensor, experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A (E, R, I) and B (E, O, R), their rank filled up with zeros to what a grouped product takes."""
+    rank = lora_b.shape[-1]
+    more = -rank % ALIGNED
+    each_a = pad(lora_a.to(dtype).reshape(experts, rank, -1), (0, 0, 0, more))
+    return each_a, pad(lora_b.to(dtype).reshape(experts, -1, rank), (0, more))
 
 
 def _grouped_mm(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:

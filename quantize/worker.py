@@ -101,7 +101,7 @@ def _leave_out_unused(jobs: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _import_libraries() -> None:
-    """What every job imports. It stays, so no collection need go over it."""
+    """What nearly every job imports. It stays, so no collection need go over it."""
     with uncollected():
         import transformers.modeling_utils  # noqa: F401
 

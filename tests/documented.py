@@ -40,9 +40,9 @@ DOCUMENTED = dict(_documented())
 
 # By what they need, as test processes share them file by file: those on each other's runs, those of a config, the rest.
 CHAIN, CONFIGS, REST = list[str](), list[str](), list[str]()
+_used = [command for command in DOCUMENTED.values() if command.startswith("quantize ")]
 for _place, _command in DOCUMENTED.items():
     _made = re.search(r"--run\.name=(\w+)", _command)
-    _used = [other for other in DOCUMENTED.values() if other.startswith("quantize ")]
     if _command in _used or (_made and any(re.search(rf"\b{_made[1]}\b", other) for other in _used)):
         CHAIN.append(_place)
     else:

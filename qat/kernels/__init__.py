@@ -116,6 +116,10 @@ class Path:
             return self.numbers.linear(inputs, weight, bias, compute)
         return self.numbers.product(inputs, weight, bias)
 
+    def takes_experts(self, capability: tuple[int, int]) -> bool:
+        """Whether a GPU of that capability rounds and multiplies the weights of all experts at once."""
+        return False
+
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor | Quantised:
         """`inputs(silu(gate) * up)`."""
         return self.inputs(torch.nn.functional.silu(gate) * up)
@@ -197,6 +201,12 @@ class FusedPath(Path):
     def restored_inputs(self, inputs: Tensor | Quantised, compute: torch.dtype) -> Tensor:
         """See `Path.restored_inputs`."""
         return inputs if isinstance(inputs, Tensor) else self._inputs.restored_rows(inputs, compute)
+
+    def takes_experts(self, capability: tuple[int, int]) -> bool:
+        """See `Path.takes_experts`. torch's grouped product of float8 with a scale a row is Hopper's alone."""
+        if self.rows:
+            return self.kind == "fp8" and capability == (9, 0) and hasattr(torch, "_scaled_grouped_mm")
+        return capability >= (9, 0)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor | Quantised:
         """See `Path.swiglu`."""
