@@ -27,8 +27,8 @@ CUDA_LOCK = ROOT / "requirements" / "cuda-py312.txt"
 LINE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!]*)")
 
 EXTRAS: Mapping[Path, tuple[str, ...]] = {
-    CPU_LOCK: ("unsloth", "eval", "wandb", "dev"),
-    CUDA_LOCK: ("unsloth", "eval", "wandb"),
+    CPU_LOCK: ("unsloth", "eval", "wandb", "sweep", "docs", "dev"),
+    CUDA_LOCK: ("unsloth", "eval", "wandb", "sweep"),
 }
 """Extras of pyproject.toml that each lock holds, besides the dependencies proper."""
 
