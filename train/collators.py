@@ -62,6 +62,30 @@ class Collator:
         }
 
 
+class PairCollator:
+    """Pads pairs of answers on the right: the better ones of a batch, then the worse ones.
+
+    input_ids, attention_mask and completion_mask (2 B, T), and the data rows (B,) for messages.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Examples with input_ids, loss_mask, rejected_ids, rejected_mask, row -> a batch."""
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        ids = [torch.tensor(example[name]) for name in ("input_ids", "rejected_ids") for example in examples]
+        masks = [torch.tensor(example[name]) for name in ("loss_mask", "rejected_mask") for example in examples]
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "completion_mask": pad_sequence(masks, batch_first=True),
+            "rows": torch.tensor([example["row"] for example in examples]),
+        }
+
+
 class PackedCollator:
     """Lays a batch of packed rows end to end, as one row without padding: input_ids, labels, position_ids (1, T).
 

@@ -57,8 +57,10 @@ class DataConfig(Section):
     """Split of a hub data set to train on."""
     eval_split: str | None = None
     """Split of a hub data set to evaluate on."""
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "auto"
-    """How the rows look; auto = found by inspection."""
+    format: Literal[
+        "auto", "messages", "prompt_completion", "alpaca", "sharegpt", "question_answer", "text", "preference"
+    ] = "auto"
+    """How the rows look; auto = found by inspection. With train.method=dpo they are preferences."""
     chat_template: str | None = None
     """A packaged template (chatml, ...) or a path to a .jinja file; null = the tokenizer's own."""
     answers_only: bool = True
@@ -132,8 +134,11 @@ class FakeQuantConfig(Section):
 
 
 class TrainConfig(Section):
-    """The optimisation, under TRL's own names (SFTConfig)."""
+    """The optimisation, under TRL's own names (SFTConfig, DPOConfig, GRPOConfig)."""
 
+    method: Literal["sft", "dpo", "grpo"] = "sft"
+    """What is learned from: answers (sft), pairs of a better and a worse answer (dpo), or rewards of the model's own
+    answers (grpo)."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Highest learning rate."""
     max_steps: int = Field(default=-1, ge=-1)
@@ -165,7 +170,38 @@ class TrainConfig(Section):
     report_to: str | list[str] = "none"
     """Other trackers of transformers (tensorboard, mlflow, ...); W&B has `track.wandb`."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """Any other SFTConfig field, as --train.extra.neftune_noise_alpha=5."""
+    """Any other field of the method's config in TRL, as --train.extra.neftune_noise_alpha=5."""
+
+
+class DpoConfig(Section):
+    """Direct preference optimisation. Read only where `train.method` is dpo."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """How strongly the model is held to the one before fine-tuning."""
+    loss_type: str = "sigmoid"
+    """TRL's name of the loss: sigmoid (DPO), ipo, hinge, apo_zero, ..."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of the pairs that are taken to be the wrong way round."""
+
+
+class GrpoConfig(Section):
+    """Group relative policy optimisation. Read only where `train.method` is grpo."""
+
+    rewards: list[str] = Field(default_factory=lambda: ["exact_match"])
+    """What rates an answer: packaged (exact_match, contains_answer, same_number), or Python functions of your own, as
+    package.module:function or path/to/file.py:function."""
+    reward_weights: list[float] | None = None
+    """Weight of each reward in the sum; null = 1 each."""
+    num_generations: int = Field(default=8, ge=2)
+    """Answers to each prompt, which are compared with each other."""
+    max_completion_length: int = Field(default=256, ge=1)
+    """Tokens of an answer; longer ones are cut."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of the answers that are sampled in training."""
+    beta: float = Field(default=0.0, ge=0)
+    """Weight of the divergence from the model before fine-tuning; 0 leaves it out."""
+    eval_samples: int = Field(default=64, ge=0)
+    """Held-out prompts that every arm answers greedily, for its reward; 0 leaves this out."""
 
 
 class QuantizeConfig(Section):
@@ -267,6 +303,8 @@ class RunConfig(Section):
     """The adapter; null = full fine-tuning."""
     fake_quant: FakeQuantConfig = Field(default_factory=FakeQuantConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    dpo: DpoConfig = Field(default_factory=DpoConfig)
+    grpo: GrpoConfig = Field(default_factory=GrpoConfig)
     quantize: QuantizeConfig = Field(default_factory=QuantizeConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     track: TrackConfig = Field(default_factory=TrackConfig)

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import importlib.util
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 from quantize.algorithms import are_calibrated, check_algorithms
 from quantize.errors import UserError
 from quantize.schemes import find_scheme
 from train.config import LoraConfig, RunConfig, TrainConfig
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Settings that do not go together.
-
-    Attributes:
-        keys: the dotted keys that are read; where they were given is put behind the text.
-        text: what is wrong and what to do.
-    """
-
-    keys: tuple[str, ...]
-    text: str
-
+from train.method_checks import OWN_EXTRA, method_problems
+from train.problems import Problem
+from train.trl_fields import config_name, enum_values, trl_fields
 
 _OWN_ELSEWHERE = {
     "assistant_only_loss": "data.answers_only",
@@ -49,7 +35,7 @@ _OWN_ELSEWHERE = {
     "seed": "run.seed",
     "trust_remote_code": "model.trust_remote_code",
 }
-"""SFTConfig fields that ongrid sets itself, and the key or option to use."""
+"""Fields of TRL's configs that ongrid sets itself, and the key or option to use."""
 _TRACKERS = {
     "azure_ml": ("azureml",),
     "clearml": ("clearml",),
@@ -71,7 +57,10 @@ _TRACKERS = {
 
 def find_problems(config: RunConfig) -> list[Problem]:
     """Everything in the config that contradicts itself."""
-    checks = (_scheme, _algorithms, _qat, _four_bit, _adapter, _random, _steps, _tracking, _names, _extra, _choices)
+    checks = (
+        _scheme, _algorithms, _qat, _four_bit, _adapter, _random, _steps, method_problems, _tracking, _names, _extra,
+        _choices,
+    )  # fmt: skip
     return [problem for check in checks for problem in check(config)]
 
 
@@ -305,20 +294,21 @@ def _names(config: RunConfig) -> Iterator[Problem]:
 
 def _extra(config: RunConfig) -> Iterator[Problem]:
     known: frozenset[str] | None = None
+    elsewhere = _OWN_ELSEWHERE | OWN_EXTRA.get(config.train.method, {})
     for name in config.train.extra:
         key = f"train.extra.{name}"
         if name in TrainConfig.model_fields:
             yield Problem((key,), f"{key} has a key of its own; use train.{name}")
             continue
-        if name in _OWN_ELSEWHERE:
-            yield Problem((key,), f"{key} is set by ongrid; use {_OWN_ELSEWHERE[name]}")
+        if name in elsewhere:
+            yield Problem((key,), f"{key} is set by ongrid; use {elsewhere[name]}")
             continue
-        known = known if known is not None else sft_fields()
+        known = known if known is not None else trl_fields(config.train.method)
         if known and name not in known:
             near = difflib.get_close_matches(name, known - {"extra"}, n=1)
             where = "train" if near and near[0] in TrainConfig.model_fields else "train.extra"
             hint = f"; did you mean {where}.{near[0]}?" if near else ""
-            yield Problem((key,), f"{key} is no field of trl's SFTConfig{hint}")
+            yield Problem((key,), f"{key} is no field of trl's {config_name(config.train.method)}{hint}")
 
 
 def _choices(config: RunConfig) -> Iterator[Problem]:
@@ -327,46 +317,8 @@ def _choices(config: RunConfig) -> Iterator[Problem]:
         value: str = getattr(config.train, name)
         if value == getattr(TrainConfig.model_fields[name], "default", None):
             continue
-        known = _enum_values(enum)
+        known = enum_values(enum)
         if known and value not in known:
             near = difflib.get_close_matches(value, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             yield Problem((f"train.{name}",), f"train.{name}={value} is unknown; {hint}choose from {', '.join(known)}")
-
-
-def sft_fields() -> frozenset[str]:
-    """The field names of the installed SFTConfig and its bases; empty where trl is not installed.
-
-    Read from the source text: importing trl takes seconds and torch, and must not come before unsloth.
-    """
-    bodies = [
-        _class_body("trl", "trainer/sft_config.py", "SFTConfig"),
-        _class_body("trl", "trainer/base_config.py", "_BaseConfig"),
-        _class_body("transformers", "training_args.py", "TrainingArguments"),
-    ]
-    if not all(bodies):
-        return frozenset()  # another layout of these packages: SFTConfig itself will check
-    return frozenset(
-        node.target.id
-        for body in bodies
-        for node in body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and not node.target.id.startswith("_")
-    )
-
-
-def _enum_values(name: str) -> list[str]:
-    files = ("training_args.py", "trainer_utils.py")
-    body = next((body for file in files if (body := _class_body("transformers", file, name))), [])
-    return [
-        str(node.value.value) for node in body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
-    ]
-
-
-def _class_body(package: str, file: str, name: str) -> list[ast.stmt]:
-    try:
-        spec = importlib.util.find_spec(package)
-        assert spec is not None and spec.origin is not None
-        tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
-    except (ImportError, AssertionError, OSError, SyntaxError, ValueError):
-        return []
-    return next((node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), [])

@@ -6,14 +6,15 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize import hub
 from quantize.errors import UserError
-from train.data_formats import find_format, to_messages
+from train.data_formats import find_format
+from train.data_rows import RowReader
 
 if TYPE_CHECKING:
     from train.config import DataConfig
@@ -37,7 +38,7 @@ class Prepared:
         return _fingerprint(self.eval)
 
 
-def prepare_data(config: DataConfig, tokenizer: Any, *, max_length: int, seed: int) -> Prepared:
+def prepare_data(config: DataConfig, tokenizer: Any, *, max_length: int, seed: int, method: str = "sft") -> Prepared:
     """Loads, formats, tokenises, splits.
 
     Args:
@@ -45,15 +46,17 @@ def prepare_data(config: DataConfig, tokenizer: Any, *, max_length: int, seed: i
         tokenizer: used through `apply_chat_template` and `__call__`.
         max_length: longer rows are cut on the right.
         seed: of the subsamples and the split.
+        method: `train.method`; dpo and grpo give the rows more columns (see `RowReader.read`).
 
     Raises:
         UserError: the data cannot be read, has no known format, or leaves nothing to learn.
     """
     tokenizer.chat_template = template_text(config.chat_template) or tokenizer.chat_template
     dropped = {"nothing to learn after truncation": 0, "equal to a held-out row": 0, "repeated": 0}
-    rows = _tokenised(config, config.train, config.split, tokenizer, max_length, dropped)
+    options: dict[str, Any] = {"method": method, "max_length": max_length, "dropped": dropped}
+    rows = _tokenised(config, config.train, config.split, tokenizer, **options)
     if config.eval is not None:
-        held = _tokenised(config, config.eval, config.eval_split or "train", tokenizer, max_length, dropped)
+        held = _tokenised(config, config.eval, config.eval_split or "train", tokenizer, **options)
         random.Random(seed).shuffle(held)
         held = held[: config.eval_samples]
     else:
@@ -104,8 +107,8 @@ def load_prepared(folder: Path) -> Prepared:
     return Prepared(train, held, about["fingerprint"], about["statistics"], about["example"])
 
 
-def check_data_source(config: DataConfig) -> None:
-    """Whether the data is there and has a known format, before anything heavy is loaded.
+def check_data_source(config: DataConfig, method: str = "sft") -> None:
+    """Whether the data is there and has a format that `train.method` reads, before anything heavy is loaded.
 
     Raises:
         UserError: one line for each source that cannot be used.
@@ -118,7 +121,7 @@ def check_data_source(config: DataConfig) -> None:
             if _local(source) is None:
                 _check_hub(source)
             else:
-                find_format(_load(config, source, split).column_names, config.format, source)
+                find_format(_load(config, source, split).column_names, config.format, source, method)
         except UserError as error:
             lines += error.lines
     if lines:
@@ -180,82 +183,29 @@ def _check_lines(path: Path) -> None:
 
 
 def _tokenised(
-    config: DataConfig, source: str, split: str, tokenizer: Any, max_length: int, dropped: dict[str, int]
+    config: DataConfig,
+    source: str,
+    split: str,
+    tokenizer: Any,
+    *,
+    method: str,
+    max_length: int,
+    dropped: dict[str, int],
 ) -> list[dict[str, Any]]:
     data = _load(config, source, split)
     if len(data) == 0:
         raise UserError(f"data: {source} has no rows")
-    form = find_format(data.column_names, config.format, source)
-    result = []
-    for number, row in enumerate(data, 1):
-        content = to_messages(row, form, number, source)
-        if isinstance(content, str):
-            ids = [*tokenizer(content, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-            mask = [1] * len(ids)
-        else:
-            ids, mask = _chat(content, tokenizer, number, source)
-            mask = mask if config.answers_only else [1] * len(ids)
-        ids, mask = ids[:max_length], mask[:max_length]
-        if any(mask[1:]):
-            result.append({"input_ids": ids, "loss_mask": mask, "row": number})
-        else:
-            dropped["nothing to learn after truncation"] += 1
+    form = find_format(data.column_names, config.format, source, method)
+    reader = RowReader(tokenizer, form, source, method=method, answers_only=config.answers_only, max_length=max_length)
+    rows = [reader.read(row, number) for number, row in enumerate(data, 1)]
+    result = [row for row in rows if row is not None]
+    dropped["nothing to learn after truncation"] += len(rows) - len(result)
     if not result:
         raise UserError(
             f"data: {source} has no trainable token after truncation to train.max_length={max_length}: the prompts "
             "alone are longer; raise train.max_length"
         )
     return result
-
-
-def _chat(messages: Sequence[dict[str, str]], tokenizer: Any, number: int, source: str) -> tuple[list[int], list[int]]:
-    """Token ids of a chat and the mask of its assistant turns, the token that ends each turn included.
-
-    Segments between prefixes of the rendered text are tokenised apart, so that a mask border never cuts a token.
-    """
-    if tokenizer.chat_template is None:
-        raise UserError(
-            "the tokenizer has no chat template; set data.chat_template=chatml or the path of a .jinja file"
-        )
-    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    messages = messages[: last + 1]
-    whole = _render(tokenizer, messages, False)
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    spans = [span for index in answers if (span := _span(messages, index, tokenizer, whole)) is not None]
-    if len(spans) < len(answers):  # the template rewrites earlier turns; the last answer is always at the end
-        span = _span(messages, last, tokenizer, whole)
-        spans = [] if span is None else [span]
-    if not spans:
-        raise UserError(
-            f"{source}, row {number}: the chat template hides where the answer starts; set data.chat_template"
-        )
-    ids: list[int] = []
-    mask: list[int] = []
-    position = 0
-    for start, end in [*spans, (len(whole), len(whole))]:
-        for text, learned in ((whole[position:start], 0), (whole[start:end], 1)):
-            if text:
-                tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-                ids += tokens
-                mask += [learned] * len(tokens)
-        position = end
-    return ids, mask
-
-
-def _span(messages: Sequence[dict[str, str]], index: int, tokenizer: Any, whole: str) -> tuple[int, int] | None:
-    prompt = _render(tokenizer, messages[:index], True)
-    until = _render(tokenizer, messages[: index + 1], False)
-    if not whole.startswith(until) or not until.startswith(prompt):
-        return None
-    # What templates put after the end-of-turn token (a line break) is not for the model to say.
-    answer = until[len(prompt) :]
-    return len(prompt), len(prompt) + len(answer.rstrip("\n")) if answer.strip() else len(until)
-
-
-def _render(tokenizer: Any, messages: Sequence[dict[str, str]], prompt: bool) -> str:
-    if not messages:
-        return ""
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
 
 
 def template_text(name: str | None) -> str | None:
@@ -278,7 +228,7 @@ def _unique(rows: list[dict[str, Any]], dropped: dict[str, int]) -> list[dict[st
     seen: set[tuple[int, ...]] = set()
     kept = []
     for row in rows:
-        if (key := tuple(row["input_ids"])) not in seen:
+        if (key := (*row["input_ids"], -1, *row.get("rejected_ids", ()))) not in seen:
             seen.add(key)
             kept.append(row)
     dropped["repeated"] = len(rows) - len(kept)
@@ -301,9 +251,14 @@ def _fingerprint(*parts: Iterable[dict[str, Any]]) -> str:
     digest = hashlib.sha256()
     for rows in parts:
         for row in rows:
-            digest.update(json.dumps([row["input_ids"], row["loss_mask"]]).encode())
+            digest.update(json.dumps([row["input_ids"], row["loss_mask"], *_beyond(row)]).encode())
         digest.update(b"|")
     return digest.hexdigest()[:16]
+
+
+def _beyond(row: dict[str, Any]) -> list[Any]:
+    """What dpo and grpo add to a row."""
+    return [row[name] for name in ("rejected_ids", "rejected_mask", "prompt", "answer", "columns") if name in row]
 
 
 def _example(row: dict[str, Any], tokenizer: Any) -> str:

@@ -39,10 +39,11 @@ def missing_inputs(config: RunConfig, bad: Collection[str] = ()) -> list[str]:
 
     checks: tuple[tuple[set[str], Callable[[], None]], ...] = (
         ({"model"}, lambda: check_model_source(config.model)),
-        ({"data"}, lambda: check_data_source(config.data)),
+        ({"data"}, lambda: check_data_source(config.data, config.train.method)),
         ({"model", "quantize", "qat"}, lambda: _check_groups(config)),
         ({"eval"}, lambda: check_tasks(config.eval)),
         ({"quantize"}, lambda: check_calibration(config.quantize.calibration)),
+        ({"grpo"}, lambda: _check_rewards(config)),
     )
     lines: list[str] = []
     for needed, check in checks:
@@ -79,6 +80,13 @@ def check_calibration(named: str | None) -> None:
         raise UserError(
             f"quantize.calibration: there is no file {named}; give a .jsonl, .txt or .parquet file, or task:NAME"
         )
+
+
+def _check_rewards(config: RunConfig) -> None:
+    if config.train.method == "grpo":
+        from train.rewards import load_rewards
+
+        load_rewards(config.grpo.rewards)
 
 
 def _check_groups(config: RunConfig) -> None:

@@ -62,7 +62,9 @@ def _work(config: RunConfig) -> str:
     length = f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epoch(s)"
     method = f"LoRA r={config.lora.r}" if config.lora else "full fine-tuning"
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    return f"{method}, {length} of {batch} rows, learning rate {train.learning_rate:g}"
+    rows = {"sft": "rows", "dpo": "pairs", "grpo": f"answers ({config.grpo.num_generations} to a prompt)"}[train.method]
+    learned = "" if train.method == "sft" else f" by {train.method}"
+    return f"{method}{learned}, {length} of {batch} {rows}, learning rate {train.learning_rate:g}"
 
 
 def _method(config: RunConfig) -> str:

@@ -15,6 +15,7 @@ from quantize.schemes import find_scheme
 from quantize.task_files import task_name
 from train.config import EvalConfig
 from train.events import Event, Sinks
+from train.rewards import method_settings
 from train.stage_log import Format, StageLog, Tuned, file_fingerprint, fingerprint_of
 
 if TYPE_CHECKING:
@@ -157,12 +158,17 @@ class Stages:
         from train.data import PREPARED_FILES, load_prepared, prepare_data, save_prepared
 
         config = self.config
-        key = fingerprint_of(self.model_key, config.data.model_dump(), config.train.max_length, config.run.seed)
+        method = config.train.method
+        key = fingerprint_of(self.model_key, config.data.model_dump(), config.train.max_length, config.run.seed, method)
         folder = self.directory.path / "data"
 
         def work() -> dict[str, Any]:
             prepared = prepare_data(
-                config.data, self.tokenizer(model.folder), max_length=config.train.max_length, seed=config.run.seed
+                config.data,
+                self.tokenizer(model.folder),
+                max_length=config.train.max_length,
+                seed=config.run.seed,
+                method=method,
             )
             save_prepared(prepared, folder)
             return {"fingerprint": prepared.fingerprint, "statistics": prepared.statistics}
@@ -222,6 +228,7 @@ class Stages:
 
         config = self.config.for_qat() if plan else self.config
         training = [config.lora and config.lora.model_dump(), config.train.model_dump(), config.data.packing]
+        training += method_settings(config)
         key = fingerprint_of(self.model_key, self.data_key, training, config.run.seed, self.dtype, self.merged_dtype)
         key = fingerprint_of(key, config.model.backend, plan and [self.format_key(), config.fake_quant.model_dump()])
         if control is not None and "control" in (config.fake_quant.initial, config.fake_quant.teacher):
@@ -322,6 +329,7 @@ class Stages:
         """The settings that decide the numbers, as they were used: a default that depends on others by its value."""
         parts: dict[str, Any] = dict.fromkeys(("model", "data", "qat", "lora", "fake_quant", "train", "quantize"), True)
         parts |= {"eval": set(EvalConfig.model_fields) - {"baseline_cache"}, "run": {"seed"}}
+        parts |= {} if self.config.train.method == "sft" else {self.config.train.method: True}
         recipe: dict[str, Any] = self.config.model_dump(mode="json", include=parts)
         recipe["model"]["dtype"] = self.dtype
         if self.config.qat is None:

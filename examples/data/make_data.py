@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,11 +60,42 @@ def shorten(task: str, item: dict[str, Any]) -> str:
     return question
 
 
+def preference(row: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """The row as a pair: its answer, and one that is nearly right."""
+    question, answer = (message["content"] for message in row["messages"])
+    return {"task": row["task"], "prompt": question, "chosen": answer, "rejected": nearly(answer, rng)}
+
+
+def nearly(answer: str, rng: random.Random) -> str:
+    """The answer with one number moved by up to 9, or two different neighbouring letters swapped."""
+    numbers = list(re.finditer(r"\d+", answer))
+    if numbers:
+        chosen = rng.choice(numbers)
+        moved = int(chosen.group()) + rng.choice(
+            [step for step in range(-9, 10) if step and int(chosen.group()) + step >= 0]
+        )
+        return answer[: chosen.start()] + str(moved) + answer[chosen.end() :]
+    beside = [(index, answer[index : index + 2]) for index in range(len(answer) - 1)]
+    pairs = [index for index, letters in beside if letters.isalpha() and letters[0] != letters[1]]
+    index = rng.choice(pairs) if pairs else 0
+    swapped = answer[:index] + answer[index + 1 : index + 2] + answer[index] + answer[index + 2 :]
+    return swapped if swapped != answer else answer * 2
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One row a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
 def main() -> None:
-    """Writes reasoning_train.jsonl and reasoning_eval.jsonl beside this file."""
+    """Writes reasoning_{train,eval}.jsonl and, of their first rows, preferences_{train,eval}.jsonl beside this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=int, default=3000, help="training rows")
     parser.add_argument("--eval", type=int, default=400, help="held-out rows; no prompt equals a training row's")
+    parser.add_argument(
+        "--pairs", type=int, default=1000, help="of the training rows as preference pairs; a fifth held out"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
@@ -86,9 +119,10 @@ def main() -> None:
                 exhausted[index] = 0
                 seen.add(row["messages"][0]["content"])
                 chosen.append(row)
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in chosen]
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / f"reasoning_{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write(options.output / f"reasoning_{name}.jsonl", chosen)
+        rng = random.Random(options.seed)
+        pairs = [preference(row, rng) for row in chosen[: options.pairs if name == "train" else options.pairs // 5]]
+        write(options.output / f"preferences_{name}.jsonl", pairs)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from pydantic import BaseModel, ValidationError
 
 from quantize.errors import UserError
 from train.config import RunConfig, Section, resolved_dict
-from train.config_checks import find_problems, sft_fields
+from train.config_checks import find_problems
 from train.config_loading import HOME, find_config, load_config
 from train.config_values import section_of
+from train.trl_fields import trl_fields
 
 MINIMAL = "model:\n  id: some/model\ndata:\n  train: some/data\n"
 RANDOM = ["--model.random=full", "--model.architecture=qwen3"]
@@ -479,5 +480,5 @@ class TestContradictions:
         assert any("train.extra.a" in text for text in texts)
 
     def test_sft_fields_are_those_of_the_installed_trl(self) -> None:
-        assert {"learning_rate", "packing", "neftune_noise_alpha", "eos_token", "adam_beta2"} <= sft_fields()
-        assert not {name for name in sft_fields() if name.startswith("_")}
+        assert {"learning_rate", "packing", "neftune_noise_alpha", "eos_token", "adam_beta2"} <= trl_fields("sft")
+        assert not {name for name in trl_fields("sft") if name.startswith("_")}

@@ -1,0 +1,161 @@
+"""Rewards of GRPO: the packaged ones, and Python functions of the user's own, found by their import path.
+
+A reward is what TRL calls a reward function: `function(prompts, completions, completion_ids, **columns)` returns a
+number, or None for no opinion, for each completion. Prompts and completions are lists of chat messages; `columns` holds
+`answer`, the reference answer of each row, and the row's other columns. Give it `**kwargs` for what it does not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from train.config import RunConfig
+
+Reward = Callable[..., Sequence[float | None]]
+Chat = Sequence[dict[str, str]]
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def exact_match(completions: Sequence[Chat], answer: Sequence[str], **kwargs: Any) -> list[float]:
+    """1 where the completion is the reference answer, but for white space at its ends."""
+    return [float(_text(found).strip() == wanted.strip()) for found, wanted in zip(completions, answer, strict=True)]
+
+
+def contains_answer(completions: Sequence[Chat], answer: Sequence[str], **kwargs: Any) -> list[float]:
+    """1 where the reference answer stands somewhere in the completion."""
+    return [float(wanted.strip() in _text(found)) for found, wanted in zip(completions, answer, strict=True)]
+
+
+def same_number(completions: Sequence[Chat], answer: Sequence[str], **kwargs: Any) -> list[float]:
+    """1 where the last number of the completion equals that of the reference answer."""
+    pairs = zip(completions, answer, strict=True)
+    found = [(_last_number(_text(completion)), _last_number(wanted)) for completion, wanted in pairs]
+    return [float(number is not None and number == wanted) for number, wanted in found]
+
+
+PACKAGED: dict[str, Reward] = {
+    "exact_match": exact_match,
+    "contains_answer": contains_answer,
+    "same_number": same_number,
+}
+
+
+def load_rewards(names: Sequence[str]) -> list[Reward]:
+    """The functions of `grpo.rewards`.
+
+    Raises:
+        UserError: one line for each that cannot be imported or called.
+    """
+    found: list[Reward] = []
+    lines: list[str] = []
+    for name in names:
+        try:
+            found.append(PACKAGED.get(name) or _import(name))
+        except UserError as error:
+            lines += error.lines
+    if lines:
+        raise UserError(*lines)
+    return found
+
+
+def method_settings(config: RunConfig) -> list[Any]:
+    """What dpo or grpo trains with, for a fingerprint: a reward's name and the source text of its file."""
+    if config.train.method == "sft":
+        return []
+    if config.train.method == "dpo":
+        return [config.dpo.model_dump()]
+    names = config.grpo.rewards
+    sources = [_source_key(reward) for reward in load_rewards(names)]
+    return [config.grpo.model_dump(exclude={"eval_samples"}), sources]
+
+
+def rate(names: Sequence[str], weights: Sequence[float] | None, prompts: Sequence[Chat], answers: Sequence[str],
+         columns: dict[str, list[Any]], completions: Sequence[str]) -> list[float]:  # fmt: skip
+    """The weighted sum of the rewards of each completion, as TRL adds them: no opinion counts 0."""
+    total = [0.0] * len(completions)
+    chats = [[{"role": "assistant", "content": text}] for text in completions]
+    for reward, weight in zip(load_rewards(names), weights or [1.0] * len(names), strict=True):
+        given = reward(prompts=list(prompts), completions=chats, completion_ids=None, answer=list(answers), **columns)
+        if len(given) != len(total):
+            raise UserError(f"grpo.rewards: {reward.__name__} gave {len(given)} numbers for {len(total)} completions")
+        total = [before + weight * (value or 0.0) for before, value in zip(total, given, strict=True)]
+    return total
+
+
+def _import(name: str) -> Reward:
+    where, colon, attribute = name.rpartition(":")
+    if not colon or not where or not attribute.isidentifier():
+        raise UserError(
+            f"grpo.rewards: {name} is neither packaged ({', '.join(PACKAGED)}) nor package.module:function or "
+            "path/to/file.py:function"
+        )
+    try:
+        module = _from_file(Path(where).expanduser()) if where.endswith(".py") else _from_path(where)
+    except UserError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        raise UserError(f"grpo.rewards: {where} cannot be imported: {type(error).__name__}: {error}") from error
+    reward = getattr(module, attribute, None)
+    if not callable(reward):
+        raise UserError(f"grpo.rewards: {where} has no function {attribute}")
+    if inspect.iscoroutinefunction(reward):
+        raise UserError(f"grpo.rewards: {name} is a coroutine (async def); give a plain function")
+    return reward  # type: ignore[no-any-return]
+
+
+def _from_file(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"grpo.rewards: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(f"ongrid_rewards_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickles of the file look it up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _from_path(name: str) -> Any:
+    with _here_first():
+        return importlib.import_module(name)
+
+
+@contextmanager
+def _here_first() -> Iterator[None]:
+    """The current folder among those that are imported from, as `python -m` has it and an installed command has not."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def _source_key(reward: Reward) -> str:
+    try:
+        text = Path(inspect.getsourcefile(reward) or "").read_bytes()
+    except (OSError, TypeError):
+        return ""
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def _text(completion: Chat) -> str:
+    return "".join(message["content"] for message in completion)
+
+
+def _last_number(text: str) -> float | None:
+    found = _NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
