@@ -17,6 +17,7 @@ from quantize.document import Block, Heading, Items, Paragraph, Table
 from quantize.metrics import ARMS
 from quantize.plots import main_pair
 from quantize.samples import HELD_OUT, WorstSample
+from quantize.task_rows import OWN
 from quantize.verdict import why
 
 Metrics = Mapping[str, Any]
@@ -46,10 +47,13 @@ def tasks_section(
     first, second = main_pair(metrics)
     pair = f"{first}_vs_{second}"
     yield Heading("Tasks")
+    own = [f"{name} are {text}" for name, text in OWN.items() if name in tasks]
+    by_lm_eval = f", run by lm-eval{_how_run(asked, examples)}" if len(own) < len(tasks) else ""
     yield Paragraph(
-        f"The same samples for every arm, run by lm-eval{_how_run(asked, examples)}. Shares in percent, texts by their "
-        f"perplexity, other metrics as they are. The last two columns compare {first} with {second}: difference "
-        "(of perplexities, ratio) with its paired 95% interval, and p adjusted for the number of tasks (Holm)."
+        f"The same samples for every arm{by_lm_eval}. {''.join(f'{text}. ' for text in own)}Shares in percent, texts "
+        f"by their perplexity, other metrics as they are. The last two columns compare {first} with {second}: "
+        "difference (of perplexities, ratio) with its paired 95% interval, and p adjusted for the number of tasks "
+        "(Holm)."
     )
     rows = []
     for name, task in tasks.items():

@@ -16,6 +16,7 @@ from quantize.jobs import ONLY_TRAINED_ON, Job, Jobs, task_rows_path
 from quantize.run_report import write_report
 from quantize.runs import is_outside, read_gathered
 from quantize.schemes import Target
+from quantize.task_rows import own_rows_path
 
 
 def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dict[str, Any]:
@@ -78,7 +79,9 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
 
 def _is_measured(folder: Path, job: Job, jobs: Jobs) -> bool:
     rows = task_rows_path(folder, job["name"])
-    return Path(job["scores"]).is_file() and (jobs.tasks is None or rows.is_file())
+    own = own_rows_path(Path(job["scores"]))
+    measured = Path(job["scores"]).is_file() and (jobs.tasks is None or rows.is_file())
+    return measured and (jobs.method is None or own.is_file())
 
 
 def _check_files(folder: Path, gathered: Mapping[str, Any], jobs: Jobs) -> None:
@@ -87,6 +90,7 @@ def _check_files(folder: Path, gathered: Mapping[str, Any], jobs: Jobs) -> None:
     needed += [folder / "control" / "merged" / "config.json"] if gathered["control"] else []
     for arm in ONLY_TRAINED_ON:
         needed += [jobs.scores(arm), *([task_rows_path(folder, arm)] if jobs.tasks else [])]
+        needed += [] if jobs.method is None else [own_rows_path(jobs.scores(arm))]
     gone = [str(path.relative_to(folder)) for path in needed if not path.exists()]
     if gone:
         raise UserError(f"{folder} lacks {', '.join(gone)}; copy the whole run directory")
@@ -141,4 +145,5 @@ def _jobs(folder: Path, gathered: Mapping[str, Any], chosen: Mapping[str, Any], 
         tasks=gathered["tasks"],
         chat_template=gathered["chat_template"],
         cost_batches=gathered["cost_batches"],
+        method=gathered.get("method"),
     )

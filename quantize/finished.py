@@ -152,16 +152,16 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
 def _read_scores(folder: Path, arm: str, metrics: Mapping[str, Any]) -> tuple[Scores, dict[str, list[str]], list[Row]]:
     """Held-out scores with their texts, and results on tasks, as those of metrics.json."""
     from quantize.evaluate import Scores, read_texts
-    from quantize.jobs import task_rows_path
-    from quantize.tasks import load_rows
+    from quantize.jobs import arm_rows
+    from quantize.task_rows import OWN
 
     path, rows = folder / "eval" / f"{arm}.parquet", list[Any]()
     try:
         scores, texts = Scores.load(path), read_texts(path)
         _check_scores(scores, metrics["n_samples"])
         if metrics["tasks"]:
-            path = task_rows_path(folder, arm)
-            rows = load_rows(path)
+            own = not OWN.keys().isdisjoint(metrics["tasks"])
+            rows = arm_rows(folder, arm, tasks=not metrics["tasks"].keys() <= OWN.keys(), own=own)
             _check_rows(rows, metrics["tasks"], arm)
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantize.algorithms import ALGORITHMS
 from quantize.schemes import find_scheme
+
+if TYPE_CHECKING:
+    from quantize.task_rows import Row
 
 Job = dict[str, Any]
 
@@ -43,6 +46,9 @@ class Jobs:
         tasks: settings of `quantize.tasks`; None = no tasks.
         chat_template: for the tokenizer; None = its own.
         cost_batches: sequences at a time for which decoding is timed.
+        method: what is measured besides the loss where the run learned from it: {} = which answer of each held-out pair
+            is preferred; {rewards, weights, samples, max_new_tokens} = the reward of answers; None = nothing.
+        simulated: what ships cannot run on this machine.
     """
 
     run: Path
@@ -55,6 +61,8 @@ class Jobs:
     tasks: Mapping[str, Any] | None
     chat_template: str | None
     cost_batches: Sequence[int]
+    method: Mapping[str, Any] | None = None
+    simulated: bool = False
 
     @property
     def shipped(self) -> Path:
@@ -110,7 +118,14 @@ class Jobs:
             "trust_remote_code": self.trust_remote_code,
             "may_overflow": arm in MAY_OVERFLOW,
             "overflow_advice": _OVERFLOW_ADVICE.get(arm, ""),
+            "chat_template": self.chat_template,
+            "method": self._method(arm),
         }
+
+    def _method(self, arm: str) -> Mapping[str, Any] | None:
+        """Not of `fake`, which stands in for final only where that cannot run."""
+        stands_in = self.format is not None and self.simulated
+        return None if arm == "fake" and not stands_in else self.method
 
     def simulate(
         self, arm: str, model: Path, *, trained: bool = False, reference: Path | None = None, folder: Path | None = None
@@ -163,6 +178,14 @@ class Jobs:
     def task_settings(self) -> Job:
         """The tasks and what their prompts are put in."""
         return {"tasks": self.tasks, "chat_template": self.chat_template}
+
+
+def arm_rows(run: Path, arm: str, *, tasks: bool, own: bool) -> list[Row]:
+    """An arm's results on tasks (by lm-eval), and on what the run learned from (`quantize.task_rows.OWN`)."""
+    from quantize.task_rows import load_rows, own_rows_path
+
+    rows = load_rows(task_rows_path(run, arm)) if tasks else []
+    return [*rows, *(load_rows(own_rows_path(run / "eval" / f"{arm}.parquet")) if own else [])]
 
 
 def task_rows_path(run: Path, arm: str) -> Path:

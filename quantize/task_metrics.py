@@ -28,6 +28,7 @@ from quantize.statistics import (
     share_interval,
     sign_flip,
 )
+from quantize.task_rows import OWN
 from quantize.tasks import Row
 
 NOTHING = {"value": None, "low": None, "high": None}
@@ -182,7 +183,7 @@ def _mean(
     tasks: Mapping[str, Any], arms: Sequence[str], comparisons: Sequence[tuple[str, str]]
 ) -> tuple[dict[str, Any], str | None]:
     """The mean over the tasks whose metric is a share of 1, each task of equal weight, as model cards give it."""
-    counted = [task for task in tasks.values() if task["share"]]
+    counted = [task for name, task in tasks.items() if task["share"] and name not in OWN]
 
     def mean(pick: Any) -> dict[str, Any]:
         found = [pick(task) for task in counted]

@@ -11,6 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+PREFERENCES, REWARDS = "preferences", "rewards"
+OWN = {
+    PREFERENCES: "the share of the held-out pairs whose better answer is the more likely one as a whole",
+    REWARDS: "the mean reward of greedy answers to held-out prompts",
+}
+"""Name of the task -> what it is."""
 _FILTER = "flexible-extract"  # where a task offers several: what the answer is, not how it is set
 _PER_UNIT = {
     "perplexity": "nats per answer",
@@ -69,6 +75,11 @@ def load_rows(path: Path) -> list[Row]:
     import pyarrow.parquet
 
     return [Row(**row) for row in pyarrow.parquet.read_table(path).to_pylist()]
+
+
+def own_rows_path(scores: Path) -> Path:
+    """Where the rows of `OWN` lie, beside the scores of an arm."""
+    return scores.with_suffix(".method.parquet")
 
 
 def chosen_filter(names: Sequence[str]) -> str:

@@ -52,7 +52,8 @@ def evaluate(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> di
 
     Keys: model, dtype, data (parquet), batch_size, scores (parquet to write); optional simulate {scheme, target,
     group_size, skip}, grid (the weights as trained), reference (a checkpoint to measure KL from), trust_remote_code,
-    may_overflow (a loss that is no number is a result, too; its scores then hold it).
+    may_overflow (a loss that is no number is a result, too; its scores then hold it), method (what else is measured,
+    beside the scores: see `quantize.jobs.Jobs.method`).
 
     Raises:
         UserError: the loss of a sample is not finite.
@@ -73,9 +74,23 @@ def evaluate(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> di
             f"numbers overflow; {job.get('overflow_advice', 'look at its weights')}"
         )
     scores.save(Path(job["scores"]), texts_of(samples, scores, _tokenizer(job).decode))
+    if job.get("method") is not None and not broken:
+        _measure_method(job, model, scores)
     if broken:
         return {"loss": None, "kl": None, "memory_bytes": memory_bytes(model)}
     return {"loss": scores.loss, "kl": scores.kl_per_token, "memory_bytes": memory_bytes(model)}
+
+
+def _measure_method(job: Mapping[str, Any], model: Any, scores: Any) -> None:
+    from quantize.method_rows import preference_rows, reward_rows
+    from quantize.task_rows import own_rows_path, save_rows
+
+    data, size, tokenizer = Path(job["data"]), job["batch_size"], _tokenizer(job)
+    if "rewards" in job["method"]:
+        rows = reward_rows(model, tokenizer, data, job["method"], batch_size=size)
+    else:
+        rows = preference_rows(model, data, scores, batch_size=size, decode=tokenizer.decode)
+    save_rows(rows, own_rows_path(Path(job["scores"])))
 
 
 def benchmark(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from quantize.gate import check_gap
 from quantize.hardware import describe_here
 from quantize.jobs import Job, task_rows_path
 from quantize.runs import GATHERED_VERSION
+from quantize.task_rows import own_rows_path
 from quantize.worker import run_timings
+from train.method_settings import method_settings
 from train.stage_log import Tuned, fingerprint_of
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ class Evaluations:
         self.stages, self.config = stages, stages.config
         self.format, self.jobs, self.log = stages.format, stages.jobs, stages.log
         self.task_key = ""
+        self.method_key = [self.jobs.method, method_settings(self.config)]
         self.computed_by = [describe_here(stages.plain_dtype), GATHERED_VERSION]
 
     def tasks(self, model: LocalModel) -> dict[str, Any]:
@@ -51,6 +54,8 @@ class Evaluations:
         plain = [self.stages.model_key, data.eval_fingerprint, self.stages.plain_dtype, self.config.eval.batch_size]
         plain.append(self.config.model.trust_remote_code)
         keys = {"base": fingerprint_of(plain, self.computed_by)}
+        if self.jobs.method is not None:
+            keys["base"] = fingerprint_of(keys["base"], self.method_key)
         if self.format is not None:
             keys["base_quantized"] = fingerprint_of(keys["base"], self.stages.format_key(), self.stages.merged_dtype)
         stores = {arm: self.stages.cache / "baseline" / f"{arm}-{key}" for arm, key in keys.items()}
@@ -64,7 +69,7 @@ class Evaluations:
             if todo:
                 self.log.jobs("baseline", todo)
             for job in jobs:
-                copy_atomically(Path(job["scores"]), self.jobs.scores(job["name"]))
+                self._copy_scores(Path(job["scores"]), self.jobs.scores(job["name"]))
             return {"disk_bytes": folder_bytes(model.folder)}
 
         makes = [self.jobs.scores(job["name"]) for job in jobs]
@@ -77,7 +82,7 @@ class Evaluations:
     def arms(self, data: Prepared, control: Tuned | None, tuned: Tuned) -> dict[str, Any]:
         """control, ptq (the control quantised), tuned, and this run's merged weights fake-quantised."""
         computed = [self.stages.plain_dtype, self.format is not None and self.format.simulated]
-        upstream = [computed, self.computed_by, control and control.result, tuned.result]
+        upstream = [computed, self.computed_by, control and control.result, tuned.result, self.method_key]
         key = fingerprint_of(self.stages.data_key, self.stages.format_key(), *upstream)
         jobs = [self.jobs.evaluate("tuned", tuned.merged)]
         if self.format is not None:
@@ -101,13 +106,13 @@ class Evaluations:
         """What ships, reloaded from disk in a fresh process, and the proof that it is what was trained."""
         if self.format is None:
             return {}
-        upstream = [self.computed_by, tuned.result, shipped, control and control.result]
+        upstream = [self.computed_by, tuned.result, shipped, control and control.result, self.method_key]
         key = fingerprint_of(self.stages.data_key, self.stages.format_key(), *upstream)
 
         def work() -> dict[str, Any]:
             layers = [] if self.jobs.moves_layers else [self.jobs.layers(tuned.merged, simulated=not shipped)]
             if not shipped:
-                copy_atomically(self.jobs.scores("fake"), self.jobs.scores("final"))
+                self._copy_scores(self.jobs.scores("fake"), self.jobs.scores("final"))
                 return {**arms["fake"], "layers": self.log.jobs("layers", layers)[0] if layers else {}}
             job = self.jobs.evaluate("final", self.jobs.shipped, reference=(control or tuned).merged)
             scored, measured = (*self.log.jobs("final", [job, *layers]), {})[:2]
@@ -117,6 +122,11 @@ class Evaluations:
             return {**scored, "layers": measured}
 
         return self.log.run("final", key, work, makes=[self.jobs.scores("final")])
+
+    def _copy_scores(self, source: Path, target: Path) -> None:
+        copy_atomically(source, target)
+        if self.jobs.method is not None:
+            copy_atomically(own_rows_path(source), own_rows_path(target))
 
     def cost(self, tuned: Tuned, shipped: dict[str, Any]) -> dict[str, Any]:
         """What 16 bit and what ships cost to run here, one after the other in one process."""

@@ -84,7 +84,7 @@ def check_calibration(named: str | None) -> None:
 
 def _check_rewards(config: RunConfig) -> None:
     if config.train.method == "grpo":
-        from train.rewards import load_rewards
+        from quantize.rewards import load_rewards
 
         load_rewards(config.grpo.rewards)
 

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from qat.head import call_lm_head
+from quantize.rewards import load_rewards
 from train.collators import PairCollator
-from train.rewards import load_rewards
 from train.trainer import trainer_class
 
 if TYPE_CHECKING:

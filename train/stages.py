@@ -15,7 +15,7 @@ from quantize.schemes import find_scheme
 from quantize.task_files import task_name
 from train.config import EvalConfig
 from train.events import Event, Sinks
-from train.rewards import method_settings
+from train.method_settings import measured_by_method, method_settings
 from train.stage_log import Format, StageLog, Tuned, file_fingerprint, fingerprint_of
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ class Stages:
             tasks=self._task_settings(),
             chat_template=template_text(config.data.chat_template),
             cost_batches=config.eval.cost_batches,
+            method=measured_by_method(config),
+            simulated=self.format is not None and self.format.simulated,
         )
 
     def _task_settings(self) -> dict[str, Any] | None:
@@ -304,6 +306,7 @@ class Stages:
             "trust_remote_code": self.config.model.trust_remote_code,
             "batch_size": self.config.eval.batch_size,
             **self.jobs.task_settings(),
+            "method": self.jobs.method,
             "version": GATHERED_VERSION,
             "task_key": tasks.get("fingerprint", ""),
             "task_fewshot": tasks.get("num_fewshot", {}),
@@ -344,7 +347,9 @@ class Stages:
     def _step(self, arm: str) -> Callable[[int, int, dict[str, float]], None]:
         def report(step: int, total: int, numbers: dict[str, float]) -> None:
             self.events.emit(Event("step", {"arm": arm, "step": step, **numbers}))
-            data = {"stage": f"fit-{arm}", "done": step, "total": total, "text": f"loss {numbers['loss']:.4f}"}
+            shown = next(name for name in ("reward", "rewards/accuracies", "loss") if name in numbers)
+            text = f"{shown.rpartition('/')[2]} {numbers[shown]:.4f}"
+            data = {"stage": f"fit-{arm}", "done": step, "total": total, "text": text}
             self.events.emit(Event("progress", data))
 
         return report

@@ -23,8 +23,6 @@ from quantize.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from train.config import RunConfig
-
 Reward = Callable[..., Sequence[float | None]]
 Chat = Sequence[dict[str, str]]
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -72,26 +70,40 @@ def load_rewards(names: Sequence[str]) -> list[Reward]:
     return found
 
 
-def method_settings(config: RunConfig) -> list[Any]:
-    """What dpo or grpo trains with, for a fingerprint: a reward's name and the source text of its file."""
-    if config.train.method == "sft":
-        return []
-    if config.train.method == "dpo":
-        return [config.dpo.model_dump()]
-    names = config.grpo.rewards
-    sources = [_source_key(reward) for reward in load_rewards(names)]
-    return [config.grpo.model_dump(exclude={"eval_samples"}), sources]
+def source_key(name: str) -> str:
+    """What changes when a reward of one's own does: its file's content; empty for a packaged one."""
+    if name in PACKAGED:
+        return ""
+    try:
+        text = Path(inspect.getsourcefile(_import(name)) or "").read_bytes()
+    except (OSError, TypeError):
+        return ""
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
-def rate(names: Sequence[str], weights: Sequence[float] | None, prompts: Sequence[Chat], answers: Sequence[str],
-         columns: dict[str, list[Any]], completions: Sequence[str]) -> list[float]:  # fmt: skip
-    """The weighted sum of the rewards of each completion, as TRL adds them: no opinion counts 0."""
+def rate(
+    names: Sequence[str],
+    weights: Sequence[float] | None,
+    prompts: Sequence[Chat],
+    completions: Sequence[str],
+    columns: dict[str, list[Any]],
+) -> list[float]:
+    """The weighted sum of the rewards of each completion, as TRL adds them; no opinion counts 0.
+
+    Args:
+        weights: of each reward; None = 1 each.
+        columns: answer (the reference answers) and the rows' other columns, a list each.
+    """
     total = [0.0] * len(completions)
     chats = [[{"role": "assistant", "content": text}] for text in completions]
-    for reward, weight in zip(load_rewards(names), weights or [1.0] * len(names), strict=True):
-        given = reward(prompts=list(prompts), completions=chats, completion_ids=None, answer=list(answers), **columns)
+    for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
+        (reward,) = load_rewards([name])
+        try:
+            given = list(reward(prompts=list(prompts), completions=chats, completion_ids=None, **columns))
+        except Exception as error:  # the user's own code may raise anything
+            raise UserError(f"grpo.rewards: {name} failed: {type(error).__name__}: {error}") from error
         if len(given) != len(total):
-            raise UserError(f"grpo.rewards: {reward.__name__} gave {len(given)} numbers for {len(total)} completions")
+            raise UserError(f"grpo.rewards: {name} gave {len(given)} numbers for {len(total)} completions")
         total = [before + weight * (value or 0.0) for before, value in zip(total, given, strict=True)]
     return total
 
@@ -142,14 +154,6 @@ def _here_first() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(here)
-
-
-def _source_key(reward: Reward) -> str:
-    try:
-        text = Path(inspect.getsourcefile(reward) or "").read_bytes()
-    except (OSError, TypeError):
-        return ""
-    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def _text(completion: Chat) -> str:
