@@ -26,6 +26,7 @@ USER, YES, NO = (
 def problems(**sections: Any) -> list[str]:
     settings = {**BASE, **sections}
     settings["data"] = {"train": "x", **sections.get("data", {})}
+    settings["model"] = {**BASE["model"], "backend": "peft", **sections.get("model", {})}
     return [problem.text for problem in find_problems(RunConfig.model_validate(settings))]
 
 
@@ -54,6 +55,10 @@ class TestSettings:
                 "2 numbers for 1 grpo.rewards",
             ),
             ({"train": {"method": "grpo"}, "lora": None, "grpo": {"num_generations": 2, "beta": 0.1}}, "second copy"),
+            (
+                {"train": {"method": "grpo"}, "grpo": {"num_generations": 2}, "model": {"backend": "unsloth"}},
+                "needs model.backend=peft",
+            ),
             (
                 {"train": {"method": "grpo", "extra": {"use_vllm": True}}, "grpo": {"num_generations": 2}},
                 "16-bit weights",
