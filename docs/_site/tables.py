@@ -66,7 +66,7 @@ def train_command() -> str:
         rows.append((_code(f"--{name.replace('_', '-')}{value}"), field.description or ""))
     usage, _, said = _DESCRIPTION.partition("\n\nEvery key")
     commands = "\n".join(line.strip() for line in usage.splitlines() if line.startswith("  "))
-    said = re.sub(r"(--[\w.]+=\S+[^\s.:])", lambda found: _code(found[1]), " ".join(f"Every key{said}".split()))
+    said = re.sub(r"(--[\w.]+=\w+)", lambda found: _code(found[1]), " ".join(f"Every key{said}".split()))
     return "\n\n".join((f"```bash\n{commands}\n```", said, _table(("option", "what"), rows)))
 
 
@@ -84,7 +84,7 @@ def quantize_command() -> str:
 
 def _usage(parser: argparse.ArgumentParser) -> str:
     before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "100"  # argparse takes the terminal's width, and a page has none
+    os.environ["COLUMNS"] = "84"  # argparse takes the terminal's width, and a page has none
     try:
         return f"```text\n{parser.format_usage().removeprefix('usage: ').rstrip()}\n```"
     finally:
@@ -111,7 +111,8 @@ def formats() -> str:
     for scheme in SCHEMES.values():
         first = next(iter(scheme.targets.values()))
         sizes = ", ".join(map(str, scheme.group_sizes))
-        groups = f"{scheme.group_size} (of {sizes})" if sizes else "one scale a row"
+        several = f" (of {sizes})" if len(scheme.group_sizes) > 1 else ""
+        groups = f"{scheme.group_size}{several}" if sizes else "a row's"
         link = f"[`{scheme.name}`](#{scheme.name})"
         rows.append((link, scheme.summary, f"{scheme.bits:g}", groups, f"{scheme.bits_on_disk(first):g}"))
     parts = [_table(("format", "what", "bits", "weights a scale", "bits on disk"), rows), _legend()]
@@ -123,7 +124,7 @@ def formats() -> str:
 def _legend() -> str:
     """The sentence of `quantize schemes` about the column that this table has too."""
     said = next(sentence for sentence in _LEGEND.split(". ") if sentence.startswith("on disk"))
-    return f"{said[0].upper()}{said[1:]}."
+    return f"{said[0].upper()}{said[1:]}.".replace("--packed", _code("quantize convert --packed"))
 
 
 def _format(scheme: Scheme) -> Iterator[str]:
