@@ -18,13 +18,15 @@ import tables  # noqa: E402  # beside this file, which is no package
 from mkdocs.structure.files import File  # noqa: E402
 
 _REPORT = "quickstart/page.html"
+_NOTE = """!!! note
+    This is `report.md` of the quickstart. Its [`report.html`]({name}) has figures to look into."""
 _MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 _PICTURE = re.compile(r"!\[(?P<text>[^\]]*)\]\((?P<file>[\w/.]+\.svg)\)")
 _LINK = re.compile(r"\]\((?!https?:)(?P<place>[^)#]+)(?P<anchor>#[^)]*)?\)")
 
 
 def top_level(name: str) -> str:
-    """A Markdown file beside the packages, its links as they are from a page of docs/; files of the code lose theirs."""
+    """A Markdown file beside the packages, with its links as they are from a page; those to files of the code go."""
 
     def moved(link: re.Match[str]) -> str:
         place, anchor = link["place"], link["anchor"] or ""
@@ -44,7 +46,7 @@ GENERATED: dict[str, Callable[[], str]] = {
 
 
 def on_config(config: Any) -> Any:
-    """Takes back the script that the plugin for pages from disk adds from a host elsewhere; `search-from-disk.js` does as much."""
+    """Takes back the script that the plugin `offline` adds from a host elsewhere; search-from-disk.js does as much."""
     config.extra["polyfills"] = []
     return config
 
@@ -58,8 +60,7 @@ def on_files(files: Any, *, config: Any) -> Any:
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Puts in what the page names."""
     if page.file.src_uri == "quickstart/report.md":
-        name = Path(_REPORT).name
-        markdown = f"!!! note\n    This is `report.md` of the quickstart. Its [`report.html`]({name}) has figures to look into.\n\n{markdown}"
+        markdown = f"{_NOTE.format(name=Path(_REPORT).name)}\n\n{markdown}"
     markdown = _MARKER.sub(lambda marker: GENERATED[marker[1]](), markdown)
     folder = Path(page.file.abs_src_path).parent
     return _PICTURE.sub(lambda found: _inline(folder / found["file"], found["text"]), markdown)

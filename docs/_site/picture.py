@@ -1,6 +1,6 @@
 """Draws docs/images/adapter.svg: where the adapter lies while training, and what ships of it.
 
-    python docs/_site/picture.py    # writes the file anew; a test compares
+python docs/_site/picture.py    # writes the file anew; a test compares
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from pathlib import Path
 
 FILE = Path(__file__).resolve().parents[1] / "images" / "adapter.svg"
 
-_STYLE = """
-  .adapter { --ink: #1f2328; --soft: #59636e; --line: #8b949e; --box: #f3f5f7; --good: #00695c; --bad: #b3261e; --paper: #ffffff }
-  @media (prefers-color-scheme: dark) {
-    .adapter { --ink: #e6edf3; --soft: #a6b0ba; --line: #7d8590; --box: #2b313a; --good: #5ad1bf; --bad: #ff8f86; --paper: #1e2129 }
-  }
-  [data-md-color-scheme="default"] .adapter {
-    --ink: #1f2328; --soft: #59636e; --line: #8b949e; --box: #f3f5f7; --good: #00695c; --bad: #b3261e; --paper: #ffffff
-  }
-  [data-md-color-scheme="slate"] .adapter {
-    --ink: #e6edf3; --soft: #a6b0ba; --line: #7d8590; --box: #2b313a; --good: #5ad1bf; --bad: #ff8f86; --paper: #1e2129
-  }
+_LIGHT = (
+    "--ink: #1f2328; --soft: #59636e; --line: #8b949e; --box: #f3f5f7; --good: #00695c; --bad: #b3261e; --paper: #fff"
+)
+_DARK = "--ink: #e6edf3; --soft: #a6b0ba; --line: #7d8590; --box: #2b313a; --good: #5ad1bf; --bad: #ff8f86; "
+    "--paper: #1e2129"
+# By itself the drawing follows the reader's system, in a page of the site what is chosen there.
+_STYLE = f"""
+  .adapter {{ {_LIGHT} }}
+  @media (prefers-color-scheme: dark) {{ .adapter {{ {_DARK} }} }}
+  [data-md-color-scheme="default"] .adapter {{ {_LIGHT} }}
+  [data-md-color-scheme="slate"] .adapter {{ {_DARK} }}"""
+_STYLE += """
   .adapter .paper { fill: var(--paper) }
   .adapter text { fill: var(--ink); font: 15px system-ui, sans-serif; text-anchor: middle }
   .adapter .start { text-anchor: start }
@@ -102,7 +103,8 @@ def draw() -> str:
         '<svg class="adapter" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 450" role="img">',
         "<title>Where the adapter lies while training, and what ships of it</title>",
         f"<style>{_STYLE}</style>",
-        '<defs><marker id="adapter-tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        '<defs><marker id="adapter-tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
+        'orient="auto">'
         '<path class="tip" d="M0 0 L8 4 L0 8 z"/></marker></defs>',
         '<rect class="paper" width="920" height="450" rx="8"/>',
         *outside(30),

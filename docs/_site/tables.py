@@ -128,7 +128,9 @@ def _legend() -> str:
 
 
 def _format(scheme: Scheme) -> Iterator[str]:
-    rows = [(_code(target.name), _needs(target), _fidelity(target), _speed(target)) for target in scheme.targets.values()]
+    rows = [
+        (_code(target.name), _needs(target), _fidelity(target), _speed(target)) for target in scheme.targets.values()
+    ]
     yield _table(("target", "needs", "real layer against training's", "speed in torch"), rows)
     if scheme.embedding is not None:
         yield f"The untied input embedding is quantised too, in {scheme.embedding_bits:g} bits."
@@ -139,7 +141,9 @@ def _format(scheme: Scheme) -> Iterator[str]:
 
 
 def _needs(target: Target) -> str:
-    parts = [need.replace("cuda>=", "CUDA >= ").replace("mslk", "mslk-cuda") for need in target.needs] or ["any machine"]
+    parts = [need.replace("cuda>=", "CUDA >= ").replace("mslk", "mslk-cuda") for need in target.needs] or [
+        "any machine"
+    ]
     if target.by_request:
         parts.append("by request: `--quantize.target`")
     if target.group_sizes:
@@ -164,4 +168,6 @@ def _code(text: str, anchor: str = "") -> str:
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |" for row in lines)
+    return "\n".join(
+        "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |" for row in lines
+    )
