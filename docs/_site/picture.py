@@ -12,8 +12,10 @@ FILE = Path(__file__).resolve().parents[1] / "images" / "adapter.svg"
 _LIGHT = (
     "--ink: #1f2328; --soft: #59636e; --line: #8b949e; --box: #f3f5f7; --good: #00695c; --bad: #b3261e; --paper: #fff"
 )
-_DARK = "--ink: #e6edf3; --soft: #a6b0ba; --line: #7d8590; --box: #2b313a; --good: #5ad1bf; --bad: #ff8f86; "
+_DARK = (
+    "--ink: #e6edf3; --soft: #a6b0ba; --line: #7d8590; --box: #2b313a; --good: #5ad1bf; --bad: #ff8f86; "
     "--paper: #1e2129"
+)
 # By itself the drawing follows the reader's system, in a page of the site what is chosen there.
 _STYLE = f"""
   .adapter {{ {_LIGHT} }}
