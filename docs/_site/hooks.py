@@ -40,6 +40,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "train": tables.train_command,
     "quantize": tables.quantize_command,
     "formats": tables.formats,
+    "algorithms": tables.algorithms,
     "contributing": lambda: top_level("CONTRIBUTING.md"),
     "changes": lambda: top_level("CHANGELOG.md"),
 }
@@ -60,7 +61,8 @@ def on_files(files: Any, *, config: Any) -> Any:
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Puts in what the page names."""
     if page.file.src_uri == "quickstart/report.md":
-        markdown = f"{_NOTE.format(name=Path(_REPORT).name)}\n\n{markdown}"
+        title, _, rest = markdown.partition("\n")
+        markdown = f"{title}\n\n{_NOTE.format(name=Path(_REPORT).name)}\n{rest}"
     markdown = _MARKER.sub(lambda marker: GENERATED[marker[1]](), markdown)
     folder = Path(page.file.abs_src_path).parent
     return _PICTURE.sub(lambda found: _inline(folder / found["file"], found["text"]), markdown)

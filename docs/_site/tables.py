@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
+from quantize.algorithms import ALGORITHMS
 from quantize.cli import _parser
 from quantize.commands import VERBS
 from quantize.commands.schemes import _LEGEND
@@ -159,6 +160,24 @@ def _fidelity(target: Target) -> str:
 
 def _speed(target: Target) -> str:
     return "; ".join(filter(None, (str(target.speed or "not measured"), target.note)))
+
+
+def algorithms() -> str:
+    """What chooses numbers without QAT, in the order in which the kinds work."""
+    kinds = {"rotates": "rotation", "scales": "scales", "rounds": "rounding"}
+    rows = [
+        (
+            _code(each.name),
+            word,
+            each.summary,
+            "yes" if each.calibrated else "no",
+            "no" if each.integers_only else "yes",
+        )
+        for kind, word in kinds.items()
+        for each in ALGORITHMS.values()
+        if each.kind == kind
+    ]
+    return _table(("algorithm", "kind", "what", "needs text", "for float formats too"), rows)
 
 
 def _code(text: str, anchor: str = "") -> str:

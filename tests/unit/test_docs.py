@@ -181,7 +181,7 @@ def test_the_most_likely_messages_are_there() -> None:
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)+(?![\w.]*\d)|(?<![\w.])\d+(?=%)")
 
 
-@pytest.mark.parametrize("name", ["index", "choosing", "qat", "phones", "serving", "troubleshooting"])
+@pytest.mark.parametrize("name", ["index", "choosing", "converting", "qat", "phones", "serving", "troubleshooting"])
 def test_a_measured_number_stands_in_the_results(name: str) -> None:
     known = {number for page in MEASURED for number in re.findall(r"\d+(?:\.\d+)*", page.read_text(encoding="utf-8"))}
     text = re.sub(r"`[^`]*`", "", prose(ROOT / "docs" / f"{name}.md"))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from quantize.algorithms import ALGORITHMS
 from quantize.commands import VERBS
 from quantize.schemes import SCHEMES
 from train.config import RunConfig
@@ -57,6 +58,8 @@ def test_what_is_generated_holds_every_key_verb_and_format(site: Path) -> None:
     )
     formats = (site / "reference" / "formats.html").read_text(encoding="utf-8")
     assert all(f'<h2 id="{name}">' in formats for name in SCHEMES)
+    converting = (site / "converting.html").read_text(encoding="utf-8")
+    assert all(f"<code>{name}</code>" in converting for name in ALGORITHMS)
     api = "".join(page.read_text(encoding="utf-8") for page in (site / "api").glob("*.html"))
     for name in (
         "train.pipeline.run",
@@ -99,4 +102,4 @@ def test_the_search_has_its_index_in_pages_from_disk(site: Path) -> None:
     assert (site / "search" / "search_index.js").stat().st_size > 10_000
     assert "search-from-disk.js" in (site / "index.html").read_text(encoding="utf-8")
     assert (site / "_site" / "search-from-disk.js").is_file()
-    assert not list(site.rglob("*.py")) and not list(site.rglob("*.jsonl"))
+    assert not list(site.rglob("*.py*")) and not list(site.rglob("*.jsonl"))
