@@ -70,7 +70,8 @@ def paired_loss_difference(
     Each resample draws whole samples with replacement (as multinomial weights) and applies the same draw to both arms.
 
     Args:
-        nll_a, nll_b: [S] summed nats over each sample's answer tokens, the same samples in the same order.
+        nll_a: [S] summed nats over each sample's answer tokens.
+        nll_b: [S] the other arm's, the same samples in the same order.
         tokens: [S] number of answer tokens of each sample.
         seed: of the resampling.
         resamples: number of bootstrap resamples.
@@ -108,7 +109,9 @@ def paired_share_difference(shares_a: ArrayLike, shares_b: ArrayLike, *, seed: i
     which takes a sample that differs in part for the same part of one that differs.
 
     Args:
-        shares_a, shares_b: [S], the same samples in the same order.
+        shares_a: [S], of each sample.
+        shares_b: [S], the other arm's, the same samples in the same order.
+        seed: of the resampling.
     """
     ones = np.ones(len(np.asarray(shares_a)))
     found = paired_loss_difference(shares_a, shares_b, ones, seed=seed)
@@ -139,7 +142,9 @@ def recovered_interval(
     is NaN.
 
     Args:
-        ptq, final, control: [S] summed nats of each arm, the same samples in the same order.
+        ptq: [S] summed nats of the control quantised after training.
+        final: [S] of what ships, the same samples in the same order.
+        control: [S] of the fine-tune without QAT.
         tokens: [S] number of answer tokens of each sample.
         seed: of the resampling.
         resamples: number of bootstrap resamples.
@@ -187,7 +192,8 @@ def paired_accuracy_difference(exact_a: ArrayLike, exact_b: ArrayLike) -> Interv
     width 0) whenever both arms answer the same samples right; a score interval does not.
 
     Args:
-        exact_a, exact_b: [S] True where a sample's answer is exactly right, the same samples in the same order.
+        exact_a: [S] True where a sample's answer is exactly right.
+        exact_b: [S] the other arm's, the same samples in the same order.
     """
     a, b = _pair(exact_a, exact_b)
     n = len(a)
@@ -210,7 +216,8 @@ def mcnemar(exact_a: ArrayLike, exact_b: ArrayLike) -> float:
     Under the null each discordant sample is a fair coin, so p = min(1, 2 * P[Binomial(n, 1/2) <= smaller count]).
 
     Args:
-        exact_a, exact_b: [S] True where a sample's answer is exactly right, the same samples in the same order.
+        exact_a: [S] True where a sample's answer is exactly right.
+        exact_b: [S] the other arm's, the same samples in the same order.
     """
     a, b = _pair(exact_a, exact_b)
     only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())

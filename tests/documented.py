@@ -1,6 +1,7 @@
 """The `train` and `quantize` commands in README, docs, configs and data notes, and how tests run one.
 
-Words in capitals (RUN, SCHEME) stand for something of the reader's: such commands are left out.
+Words in capitals (RUN, SCHEME) stand for something of the reader's: such commands are left out, and so are those of
+`NOT_RUN`; tests/unit/test_docs.py reads the options of all. A command that stands in several places is run once.
 """
 
 from __future__ import annotations
@@ -16,27 +17,56 @@ COMMAND = re.compile(r"^(?:#\s*|\$ )?((?:train|quantize) .*?)(?:\s{2,}#.*|\s+#\s
 SMALL = re.compile(r"tiny\.yaml|--model\.random=tiny")
 LARGE = "--model.random=full"
 ARCHITECTURE = "--model.random=tiny"
+CAPITALS = re.compile(r"\b[A-Z]{3,}\b")
+NOT_RUN = {
+    "quantize export --setup": "takes packages from an index; tests/e2e/test_executorch.py is about what it installs",
+}
+"""Commands that no test runs -> the reason."""
+
+
+def documents() -> list[Path]:
+    """What is written for readers; docs/quickstart is a run's own report."""
+    pages = sorted((ROOT / "docs").rglob("*.md"))
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(page for page in pages if page.parent.name != "quickstart")]
+
+
+def joined_lines(file: Path) -> Iterator[tuple[int, str, str | None]]:
+    """(number, line, language of the fence that it is in or None), with continued lines joined."""
+    fence: str | None = None if file.suffix == ".md" else "yaml"
+    lines = iter(enumerate(file.read_text(encoding="utf-8").splitlines(), 1))
+    for number, line in lines:
+        if line.startswith("```"):
+            fence = line.removeprefix("```").strip() if fence is None else None
+            continue
+        while line.rstrip().endswith("\\"):
+            line = line.rstrip()[:-1] + next(lines)[1].lstrip("# ")
+        yield number, line, fence
+
+
+def same(command: str) -> tuple[str, ...]:
+    """Equal for two ways to write a command: dashes and underscores of options are alike."""
+    return tuple(
+        "=".join([name.replace("-", "_"), *rest]) if word.startswith("--") else word
+        for word in shlex.split(command)
+        for name, *rest in [word.split("=", 1)]
+    )
 
 
 def _documented() -> Iterator[tuple[str, str]]:
-    """(file:line, command), with continued lines joined."""
-    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("configs/*.yaml")]
-    files += ROOT.glob("examples/tasks/*.yaml")
-    for file in files:
-        fenced = file.suffix != ".md"
-        lines = iter(enumerate(file.read_text(encoding="utf-8").splitlines(), 1))
-        for number, line in lines:
-            if line.startswith("```"):
-                fenced = not fenced
-            while line.rstrip().endswith("\\"):
-                line = line.rstrip()[:-1] + next(lines)[1].lstrip("# ")
+    """(file:line, command). Of equal commands the config's own is taken, else the first."""
+    seen = set[tuple[str, ...]]()
+    for file in [*sorted(ROOT.glob("configs/*.yaml")), *documents(), *sorted(ROOT.glob("examples/tasks/*.yaml"))]:
+        for number, line, fence in joined_lines(file):
             found = COMMAND.match(line)
-            if fenced and found and not re.search(r"\b[A-Z]{3,}\b", found[1]):
-                yield f"{file.relative_to(ROOT)}:{number}", found[1].strip()
+            if fence is None or not found or CAPITALS.search(found[1]):
+                continue
+            command = found[1].strip()
+            if command not in NOT_RUN and same(command) not in seen:
+                seen.add(same(command))
+                yield f"{file.relative_to(ROOT)}:{number}", command
 
 
 DOCUMENTED = dict(_documented())
-
 
 # By what they need, as test processes share them file by file: those on each other's runs, those of a config, the rest.
 CHAIN, CONFIGS, REST = list[str](), list[str](), list[str]()
