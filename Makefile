@@ -27,7 +27,7 @@ TRITON  := $(VENV)/triton
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test test-long test-kernels test-all lock-check lock clean
+.PHONY: help setup demo docs check format test test-long test-kernels test-all lock-check lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -37,6 +37,9 @@ setup: $(READY) ## make .venv with the exact packages of a lock (LOCK=requiremen
 
 demo: setup ## fine-tune SmolLM2-135M on this machine (about 9 minutes, 4 GiB of memory) and ship it in int8-int4; ARGS="--train.max-steps=20" passes options on
 	$(BIN)/train --config quickstart.yaml --qat int8-int4 $(ARGS)
+
+docs: setup ## the documentation's site, in build/site: open build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check: setup ## lint, format and types
 	$(BIN)/ruff check .

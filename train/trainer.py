@@ -58,11 +58,12 @@ def trainer_class(base: Any, learner: Learner, config: RunConfig) -> Any:
             result = self.method_loss(model, inputs, *args, **kwargs)
             loss = result[0] if isinstance(result, tuple) else result
             if not math.isfinite(loss.item()):
-                where = "" if rows is None else f", on the data rows {rows.tolist()}"
-                look = "" if rows is None else ", or look at those rows"
+                at = f"the loss is {loss.item()} at step {self.state.global_step + 1}"
+                if rows is None:
+                    raise UserError(f"{at}; lower train.learning_rate or set train.max_grad_norm")
                 raise UserError(
-                    f"the loss is {loss.item()} at step {self.state.global_step + 1}{where}; lower "
-                    f"train.learning_rate, set train.max_grad_norm{look}"
+                    f"{at}, on the data rows {rows.tolist()}; lower train.learning_rate, set train.max_grad_norm, or "
+                    "look at those rows"
                 )
             return result
 
