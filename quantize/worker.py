@@ -1,8 +1,9 @@
 """A fresh process for everything that must happen in the plain graph.
 
 The training process has unsloth's class-level patches at work, so evaluation of what ships and the conversion itself
-run here, where neither unsloth nor the training code is imported. `run_jobs` (parent) writes a request, starts
-`python -m quantize.worker REQUEST`, forwards its progress and returns its results.
+run here, where neither unsloth nor the training code is imported. `run_jobs` (parent) writes a request, has it done by
+`python -m quantize.worker REQUEST` or by a fork of a process that is ready for it (`quantize.ready`), forwards its
+progress and returns its results.
 """
 
 from __future__ import annotations
@@ -13,18 +14,26 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from quantize.errors import UserError
 from quantize.imports import uncollected
+from quantize.ready import ENDED, ReadyProcess, serve
 
 Progress = Callable[[str, int, int], None]
+_READY = "--ready"
+_COMMAND = (sys.executable, "-m", "quantize.worker")
 
 
 def run_jobs(
-    jobs: Sequence[Mapping[str, Any]], request: Path, progress: Progress | None = None, *, packages: Path | None = None
+    jobs: Sequence[Mapping[str, Any]],
+    request: Path,
+    progress: Progress | None = None,
+    *,
+    packages: Path | None = None,
+    ready: ReadyProcess | None = None,
 ) -> list[Any]:
     """Runs jobs in a fresh process, in order, and returns one result a job.
 
@@ -33,6 +42,7 @@ def run_jobs(
         request: where the request is written; the answer lies beside it.
         progress: called with (job's name, done, total).
         packages: a folder of packages that this process alone sees (`quantize.export.environment`).
+        ready: forks the fresh process, where it can; whoever has more requests keeps one for all of them.
 
     Raises:
         UserError: what the worker found wrong with the input.
@@ -47,28 +57,51 @@ def run_jobs(
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [project, str(packages or ""), environment.get("PYTHONPATH")])
     )
-    with log.open("w", encoding="utf-8") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "quantize.worker", str(request)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
-        )  # fmt: skip
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                if progress is not None and line.startswith("@progress "):
-                    name, done, total = json.loads(line.removeprefix("@progress "))
-                    progress(name, done, total)
-            code = process.wait()
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
+    log.unlink(missing_ok=True)
+    if ready is not None and packages is None and _can_be_forked(jobs):
+        lines = ready.lines([*_COMMAND, _READY], environment, request, log)
+    else:
+        lines = _fresh_lines([*_COMMAND, str(request)], environment, log)
+    code = 1
+    try:
+        for line in lines:
+            if progress is not None and line.startswith("@progress "):
+                name, done, total = json.loads(line.removeprefix("@progress "))
+                progress(name, done, total)
+            elif line.startswith(ENDED):
+                code = int(line.removeprefix(ENDED))
+    except BaseException:
+        lines.close()
+        raise
     if code == 0:
         return json.loads(answer.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     if code == 2:
         raise UserError(*json.loads(answer.read_text(encoding="utf-8")))
     tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
     raise RuntimeError(f"the evaluation process failed with exit code {code}; its log is {log}:\n{tail}")
+
+
+def _can_be_forked(jobs: Sequence[Mapping[str, Any]]) -> bool:
+    """Not with a GPU; nor for tasks, whose libraries the ready process leaves out."""
+    import torch
+
+    return sys.platform == "linux" and not torch.cuda.is_available() and not _need_tasks(jobs)
+
+
+def _fresh_lines(command: Sequence[str], environment: dict[str, str], log: Path) -> Generator[str, None, None]:
+    """What a process of its own prints, line by line, `@ended CODE` last."""
+    with log.open("w", encoding="utf-8") as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        )
+        assert process.stdout is not None
+        try:
+            yield from process.stdout
+            yield f"{ENDED}{process.wait()}"
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
 
 
 def run_timings(run: Callable[[], list[Any]]) -> list[Any]:
@@ -94,10 +127,14 @@ def _leave_out_unused(jobs: Sequence[Mapping[str, Any]]) -> None:
     It needs them for assisted decoding and for losses of object detection. lm-eval needs them too: jobs with tasks keep
     them.
     """
-    formats = [form for job in jobs for form in (job, job.get("simulate") or {})]
-    if not any(job.get("tasks") for job in jobs) and not any((f.get("calibration") or {}).get("task") for f in formats):
+    if not _need_tasks(jobs):
         for name in ("sklearn", "scipy"):
             sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # to the import system: not installed
+
+
+def _need_tasks(jobs: Sequence[Mapping[str, Any]]) -> bool:
+    formats = [form for job in jobs for form in (job, job.get("simulate") or {})]
+    return any(job.get("tasks") for job in jobs) or any((f.get("calibration") or {}).get("task") for f in formats)
 
 
 def _import_libraries() -> None:
@@ -105,21 +142,32 @@ def _import_libraries() -> None:
     with uncollected():
         import transformers.modeling_utils  # noqa: F401
 
-        import quantize.convert  # noqa: F401
+        import quantize.convert
+        import quantize.worker_jobs  # noqa: F401
     gc.freeze()
 
 
 def main(argv: Sequence[str]) -> int:
-    """Entry of the fresh process: `python -m quantize.worker REQUEST`."""
+    """Entry of the process: `python -m quantize.worker REQUEST`, or `--ready` to fork one for each request on stdin."""
     import threading
 
+    if argv[0] == _READY:
+        _leave_out_unused(())
+        _import_libraries()
+        serve(sys.stdin, work)
+        return 0
     threading.Thread(target=_end_with_parent, daemon=True).start()
     request = Path(argv[0])
-    jobs = json.loads(request.read_text(encoding="utf-8"))
-    _leave_out_unused(jobs)
+    _leave_out_unused(json.loads(request.read_text(encoding="utf-8")))
     _import_libraries()
+    return work(request)
+
+
+def work(request: Path) -> int:
+    """Does the jobs of a request in this process, and returns its exit code."""
     from quantize.worker_jobs import KINDS
 
+    jobs = json.loads(request.read_text(encoding="utf-8"))
     answer = request.with_suffix(".answer.json")
     results = []
     try:

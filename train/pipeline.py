@@ -10,6 +10,7 @@ same run comes by again. That is also how resume works.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from quantize.errors import UserError
 from train.events import Event, Sink
 
 if TYPE_CHECKING:
+    from quantize.ready import ReadyProcess
     from train.config import RunConfig
     from train.rundir import RunDir
 
@@ -37,8 +39,19 @@ class RunResult:
     report: str
 
 
-def run(config: RunConfig, *, argv: Sequence[str] = (), sinks: Sequence[Sink] | None = None) -> RunResult:
+def run(
+    config: RunConfig,
+    *,
+    argv: Sequence[str] = (),
+    sinks: Sequence[Sink] | None = None,
+    ready: ReadyProcess | None = None,
+) -> RunResult:
     """Runs the whole line for `config`, in a new run directory or on in its own.
+
+    Args:
+        argv: the command line, for the manifest and the run's name.
+        sinks: in place of the console.
+        ready: what forks the measuring processes, shared by several runs; None = one of this run's own.
 
     Raises:
         UserError: the input cannot be used; found before training wherever that is possible.
@@ -51,7 +64,7 @@ def run(config: RunConfig, *, argv: Sequence[str] = (), sinks: Sequence[Sink] | 
     resolved = config.model_dump(mode="json")
     name = config.run.name or default_name(_config_name(argv), resolved)
     directory = RunDir.create(config.run.root, name, _as_yaml(resolved), resolved)
-    return _run_in(directory, config, argv, sinks)
+    return _run_in(directory, config, argv, sinks, ready)
 
 
 def resume(run: str, overrides: Sequence[str] = (), *, argv: Sequence[str] = (), root: str = "runs") -> RunResult:
@@ -70,7 +83,14 @@ def resume(run: str, overrides: Sequence[str] = (), *, argv: Sequence[str] = (),
     return _run_in(directory, config, argv, None)
 
 
-def _run_in(directory: RunDir, config: RunConfig, argv: Sequence[str], sinks: Sequence[Sink] | None) -> RunResult:
+def _run_in(
+    directory: RunDir,
+    config: RunConfig,
+    argv: Sequence[str],
+    sinks: Sequence[Sink] | None,
+    ready: ReadyProcess | None = None,
+) -> RunResult:
+    from quantize.ready import ReadyProcess
     from quantize.runs import refuse_finished
     from train.evaluations import Evaluations
     from train.signals import StopRequest
@@ -79,11 +99,12 @@ def _run_in(directory: RunDir, config: RunConfig, argv: Sequence[str], sinks: Se
 
     refuse_finished(directory.path)
     with (
+        nullcontext(ready) if ready is not None else ReadyProcess() as forks,
         directory.lock(),
         open_sinks(config, directory, sinks) as events,
         StopRequest(directory.resume_command) as stop,
     ):
-        stages = Stages(config, directory, events, stop)
+        stages = Stages(config, directory, events, stop, forks)
         stages.begin(list(argv))
         measure = Evaluations(stages)
         backend = stages.backend()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from quantize.layers import Coverage
+    from quantize.ready import ReadyProcess
     from train.rundir import RunDir
 
 
@@ -65,8 +66,8 @@ class Tuned:
 class StageLog:
     """Runs the steps of one run directory, says so to its sinks, and skips those that are done."""
 
-    def __init__(self, directory: RunDir, events: Sinks) -> None:
-        self.directory, self.events = directory, events
+    def __init__(self, directory: RunDir, events: Sinks, ready: ReadyProcess | None = None) -> None:
+        self.directory, self.events, self.ready = directory, events, ready
 
     def run(
         self, name: str, key: str, work: Callable[[], dict[str, Any]], makes: Sequence[Path] = ()
@@ -98,7 +99,7 @@ class StageLog:
         def progress(job: str, done: int, total: int) -> None:
             self.events.emit(Event("progress", {"stage": job, "done": done, "total": total, "text": counted}))
 
-        return run_jobs(jobs, self.directory.path / "eval" / f"{name}.request.json", progress)
+        return run_jobs(jobs, self.directory.path / "eval" / f"{name}.request.json", progress, ready=self.ready)
 
 
 def file_fingerprint(path: Path) -> str:

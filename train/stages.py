@@ -19,6 +19,7 @@ from train.method_settings import measured_by_method, method_settings
 from train.stage_log import Format, StageLog, Tuned, file_fingerprint, fingerprint_of
 
 if TYPE_CHECKING:
+    from quantize.ready import ReadyProcess
     from train.backends import Backend
     from train.config import RunConfig
     from train.data import Prepared
@@ -31,9 +32,16 @@ if TYPE_CHECKING:
 class Stages:
     """The steps of one run. Their order is in `pipeline.py`; state lives in the run directory."""
 
-    def __init__(self, config: RunConfig, directory: RunDir, events: Sinks, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: RunDir,
+        events: Sinks,
+        stop: StopRequest,
+        ready: ReadyProcess | None = None,
+    ) -> None:
         self.config, self.directory, self.events, self.stop = config, directory, events, stop
-        self.log = StageLog(directory, events)
+        self.log = StageLog(directory, events, ready)
         self.format: Format | None = None
         self.dtype = self.merged_dtype = "float32"
         self.jobs: Jobs
