@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 @dataclass(frozen=True)
 class Runs:
-    """Starts `train` as a user does, in processes of their own, on the folder `root`."""
+    """Starts `train` as a user does, in processes of their own, on the folder `root`; `ready` is for `here` alone."""
 
     root: Path
+    ready: Any = None
 
     def train(self, *options: str) -> subprocess.CompletedProcess[str]:
         """Runs to the end."""
@@ -45,7 +47,7 @@ class Runs:
         from train.pipeline import run
 
         settings = ["--model.backend=peft", f"--run.root={self.root}", *options]
-        return run(load_config("tiny.yaml", settings), sinks=[]).path
+        return run(load_config("tiny.yaml", settings), sinks=[], ready=self.ready).path
 
     def start(self, *options: str) -> subprocess.Popen[str]:
         """Starts and returns at once; the process leads a group of its own."""
@@ -81,9 +83,12 @@ class Runs:
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """All runs of the tests."""
-    return Runs(tmp_path_factory.mktemp("runs"))
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """All runs of the tests; those of this process share what forks their measuring processes."""
+    from quantize.ready import ReadyProcess
+
+    with ReadyProcess() as ready:
+        yield Runs(tmp_path_factory.mktemp("runs"), ready)
 
 
 @pytest.fixture(scope="session")
