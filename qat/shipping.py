@@ -57,6 +57,7 @@ class Comparison:
         return self.trained_loss - self.shipped_loss
 
 
+@torch.no_grad()
 def ship(prepared: Prepared, folder: Path | str, tokenizer: Any = None, *, merged: Path | str | None = None) -> Shipped:
     """Writes the quantised checkpoint of a trained model: the very integers and scales that were trained.
 
