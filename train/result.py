@@ -18,7 +18,7 @@ class Report(str):
         folder: the run directory, beside whose report the figures lie.
     """
 
-    folder: Path
+    folder: Path = Path()
 
     @classmethod
     def of(cls, text: str, folder: Path) -> Report:

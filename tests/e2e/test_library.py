@@ -16,6 +16,7 @@ from tiny_models import IDS, tiny_model
 from qat import QatCallback, compare_shipped, prepare_qat, ship
 from quantize import load_quantized
 from quantize.errors import UserError
+from quantize.release.card import write_card
 from train.models import byte_tokenizer
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "library.md"
@@ -39,7 +40,7 @@ def _model(architecture: str = "qwen3", **lora: Any) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(**settings))
 
 
-def _trainer(kind: str, model: Any, folder: Path, callbacks: list[Any], **settings: Any) -> Any:
+def _trainer(kind: str, model: Any, folder: Path, callbacks: list[Any], lora: Any = None, **settings: Any) -> Any:
     import trl
     from datasets import Dataset
 
@@ -58,7 +59,7 @@ def _trainer(kind: str, model: Any, folder: Path, callbacks: list[Any], **settin
     options = {"reward_funcs": _different_letters} if kind == "GRPO" else {}
     return getattr(trl, f"{kind}Trainer")(
         model, args=getattr(trl, f"{kind}Config")(**{**common, **settings}), train_dataset=Dataset.from_dict(columns),
-        processing_class=TOKENIZER, callbacks=callbacks, **options,
+        processing_class=TOKENIZER, callbacks=callbacks, peft_config=lora, **options,
     )  # fmt: skip
 
 
@@ -77,9 +78,16 @@ def test_what_a_stock_trainer_trains_is_what_ships(kind: str, architecture: str,
     from transformers import AutoModelForCausalLM
 
     model = _model(architecture)
+    if kind == "GRPO":  # trl wraps the model itself, and its reference is the model with its adapters disabled
+        trainer = _trainer(kind, model.unload(), tmp_path, [], lora=model.peft_config["default"])
+        model = trainer.model
+        prepared = prepare_qat(model, "int8-int4")
+        trainer.add_callback(QatCallback(prepared))
+    else:  # of a model that peft has wrapped, trl's reference is a frozen copy of the adapter
+        prepared = prepare_qat(model, "int8-int4")
+        trainer = _trainer(kind, model, tmp_path, [QatCallback(prepared)])
     before = _adapter(model)
-    prepared = prepare_qat(model, "int8-int4")
-    trainer = _trainer(kind, model, tmp_path, [QatCallback(prepared)])
+    assert ("ref" in model.peft_config) == (kind == "DPO")
     trainer.train()
     steps = [row for row in trainer.state.log_history if "loss" in row]
     assert len(steps) == 3 and all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in steps)
@@ -92,6 +100,8 @@ def test_what_a_stock_trainer_trains_is_what_ships(kind: str, architecture: str,
         assert all(row["kl"] > 0 for row in steps)
 
     shipped = ship(prepared, tmp_path / "shipped", TOKENIZER, merged=tmp_path / "merged")
+    card = write_card(str(shipped.folder), str(tmp_path)).read_text()
+    assert "fine-tuned with quantisation-aware training and shipped in int8-int4" in card and "rounding" not in card
     assert shipped.coverage.layers == prepared.coverage.layers and shipped.coverage.quantized_fraction == 1.0
     same = compare_shipped(prepared, shipped.folder, TEXTS, TOKENIZER, batch_size=2)
     assert same.largest_difference == 0.0 == same.gap and math.isfinite(same.trained_loss)
