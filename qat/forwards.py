@@ -19,6 +19,7 @@ from qat.adapters import adapter_of, base_linear
 from qat.experts import ExpertMatrix, expert_matrices, experts_forward
 from qat.layer import LayerNumerics, Projection
 from qat.linear import fake_quant_linear, fake_quant_linears, fake_quant_swiglu
+from qat.reference import never
 from quantize.errors import UserError
 
 _MARK = "activation_fake_quantizer"  # a child of this name makes Unsloth's fused kernels call the projection instead
@@ -43,11 +44,13 @@ class Binding:
         module: whose forward it is.
         forward: (module, inputs) -> outputs.
         before: the instance's own forward that it replaces, such as Unsloth's; None = its class's.
+        is_reference: whether the model is asked, at the moment, for what it was before the fine-tuning.
     """
 
     module: Any
     forward: Callable[..., Any]
     before: Any = None
+    is_reference: Callable[[], bool] = never
 
     def bind(self) -> None:
         """Puts the forward in."""
@@ -55,6 +58,9 @@ class Binding:
         def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
             if module is not self.module:
                 raise UserError("this is a copy of a prepared model; copy it before prepare_qat, and prepare the copy")
+            if self.is_reference():
+                plain = self.before or types.MethodType(type(module).forward, module)
+                return plain(*args, **kwargs)
             return self.forward(module, *args, **kwargs)
 
         forward.fake_quantised = True  # type: ignore[attr-defined]

@@ -20,12 +20,36 @@ from qat.adapters import adapter_of, merged_of, refuse_adapters, scaling_of, wei
 from qat.cache import WeightCache
 from qat.embedding import binding_of_embedding, find_embedding
 from qat.experts import ExpertMatrix, expert_matrices
-from qat.forwards import Binding, bindings_inside, bindings_of_experts, bindings_outside, is_bound
+from qat.forwards import (
+    Binding,
+    bindings_inside,
+    bindings_of_experts,
+    bindings_outside,
+    is_bound,
+)
 from qat.layer import LayerNumerics
+from qat.reference import reference_asked
 from quantize.errors import UserError
 from quantize.layers import Coverage, is_outermost_linear, plain_name, select_layers
 from quantize.numerics import Quantised, best_factor
 from quantize.schemes import Scheme, Target, find_scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """What ships.
+
+    Attributes:
+        scheme: the format. target: where it runs. group_size: weights per scale; None = one scale a row.
+        skip: what keeps 16 bit beyond the scheme's own.
+        dtype: what the shipped model computes in.
+    """
+
+    scheme: Scheme
+    target: Target
+    group_size: int | None
+    skip: tuple[str, ...]
+    dtype: torch.dtype
 
 
 @dataclass
@@ -33,6 +57,8 @@ class Prepared:
     """Fake quantisation in one model.
 
     Attributes:
+        model: the model that was prepared.
+        format: the numbers that ship.
         coverage: the layers that are fake-quantised, and why not the others.
         layers: plain layer name -> (module, its numbers), the quantised embedding among them.
         placement: "inside" or "outside".
@@ -40,11 +66,13 @@ class Prepared:
         ranges_chosen: that has been done, or the factors were loaded; set it to False to choose them anew.
         calls: layer name -> how often its fake quantisation ran.
         enabled: quantisation is simulated at the moment.
-        cache: fake-quantised weights that are needed again. With several batches between two steps of the optimiser,
-            set `cache.reuse` and call `cache.moved()` after each step.
+        cache: fake-quantised weights that are needed again: by itself those of frozen layers alone. `qat.callback` has
+            it keep those that train too, between two steps of the optimiser.
         bindings: the forwards that simulate it.
     """
 
+    model: nn.Module
+    format: Format
     coverage: Coverage
     placement: str
     mse: bool = False
@@ -173,7 +201,9 @@ def prepare_qat(
     group_size = scheme.pick_group_size(group_size, target)
     coverage = select_layers(model, scheme, group_size, target, skip)
     modules = _covered(model, scheme, coverage)
-    prepared = Prepared(coverage, placement, mse=ranges == "mse", cache=WeightCache(cache_mib * 2**20))
+    ships_in = dtype or weight_of(next(iter(modules.values()))).dtype
+    chosen = Format(scheme=scheme, target=target, group_size=group_size, skip=tuple(skip), dtype=ships_in)
+    prepared = Prepared(model, chosen, coverage, placement, mse=ranges == "mse", cache=WeightCache(cache_mib * 2**20))
     size = sum(weight_of(module).nbytes for module in modules.values())
     common = LayerNumerics(
         name="",
@@ -203,6 +233,9 @@ def prepare_qat(
         numerics = replace(numerics, dtype=dtype or embedding.weight.dtype)
         prepared.layers[name] = (embedding, numerics)
         prepared.bindings.append(binding_of_embedding(embedding, numerics))
+    is_reference = reference_asked(model)
+    for binding in prepared.bindings:
+        binding.is_reference = is_reference
     if enabled:
         prepared.switch_on()
     return prepared

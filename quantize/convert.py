@@ -152,7 +152,7 @@ def convert_checkpoint(
     about: dict[str, Any] = {
         "source": named or str(source), "revision": revision, "scheme": scheme.name, "target": target.name,
         "group_size": group_size, "skip": list(skip), "dtype": dtype, "algorithms": list(recipe.algorithms),
-        "calibration": None, "notes": [], "coverage": coverage.as_dict(),
+        "calibration": None, "notes": [], "trained": grid is not None, "coverage": coverage.as_dict(),
         "license": dict(find_base(str(source)).license) or None,
     }  # fmt: skip
     places, _ = read_folder(source)

@@ -17,9 +17,9 @@ def write_record(folder: Path, about: Mapping[str, Any]) -> None:
 
     Args:
         about: source (folder or hub id), revision, scheme, target, group_size, skip, dtype, algorithms, calibration
-            {data, samples, tokens, left_out}, notes (what the algorithms did), coverage
-            (`quantize.layers.Coverage.as_dict`), license; what is not known is None or left out. Versions and device
-            are added.
+            {data, samples, tokens, left_out}, notes (what the algorithms did), trained (its numbers are those of a
+            training), coverage (`quantize.layers.Coverage.as_dict`), license; what is not known is None or left out.
+            Versions and device are added.
     """
     from quantize.hardware import describe_device, installed
 

@@ -158,7 +158,7 @@ def _validated(values: dict[str, Any], origins: Origins, errors: list[str], with
             given = [place for place in places if place != origins.file] or [origins.file]
             lines.append(f"{problem.text} ({', '.join(given)})")
             sections |= {key.partition(".")[0] for key in problem.keys}
-    config = _with_packaged_data(config)
+    config = with_packaged_data(config)
     if lines:
         raise UserError(*lines, *(missing_inputs(config, sections) if with_inputs else ()))
     return config
@@ -213,7 +213,7 @@ def _without_hub(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update=examples)})
 
 
-def _with_packaged_data(config: RunConfig) -> RunConfig:
+def with_packaged_data(config: RunConfig) -> RunConfig:
     """Packaged configs name packaged data (`examples/data/...`): found beside the packages from any working folder."""
     found = {}
     for key in ("train", "eval"):

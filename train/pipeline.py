@@ -11,32 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.errors import UserError
 from train.events import Event, Sink
+from train.result import Report, RunResult
 
 if TYPE_CHECKING:
     from quantize.ready import ReadyProcess
     from train.config import RunConfig
     from train.rundir import RunDir
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a finished run leaves.
-
-    Attributes:
-        path: the run directory.
-        metrics: the contents of metrics.json.
-        report: the text of report.md.
-    """
-
-    path: Path
-    metrics: dict[str, Any]
-    report: str
 
 
 def run(
@@ -49,22 +34,25 @@ def run(
     """Runs the whole line for `config`, in a new run directory or on in its own.
 
     Args:
-        argv: the command line, for the manifest and the run's name.
-        sinks: in place of the console.
+        config: from a file (`load_config`) or made here of its sections; both are checked alike.
+        argv: the command line that asked for it; none: the report names the one that repeats the run.
+        sinks: where its events go; None prints them.
         ready: what forks the measuring processes, shared by several runs; None = one of this run's own.
 
     Raises:
         UserError: the input cannot be used; found before training wherever that is possible.
         Stopped: a signal ended the run after its state was saved.
     """
+    from train.config_loading import with_packaged_data
     from train.inputs import check_inputs
     from train.rundir import RunDir, default_name
 
+    config = with_packaged_data(config)
     check_inputs(config)
     resolved = config.model_dump(mode="json")
     name = config.run.name or default_name(_config_name(argv), resolved)
     directory = RunDir.create(config.run.root, name, _as_yaml(resolved), resolved)
-    return _run_in(directory, config, argv, sinks, ready)
+    return _run_in(directory, config, argv or ["--config", str(directory.path / "config.yaml")], sinks, ready)
 
 
 def resume(run: str, overrides: Sequence[str] = (), *, argv: Sequence[str] = (), root: str = "runs") -> RunResult:
@@ -121,7 +109,7 @@ def _run_in(
         measure.benchmarks(control, tuned, shipped)
         metrics, report = stages.report(tasks, baseline, control, arms, tuned, shipped, final, cost)
         events.emit(Event("run_finished", {"path": str(directory.path)}))
-        return RunResult(directory.path, metrics, report)
+        return RunResult(directory.path, metrics, Report.of(report, directory.path))
 
 
 def _config_name(argv: Sequence[str]) -> str:

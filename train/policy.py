@@ -1,7 +1,7 @@
 """TRL's trainers for preferences (DPO) and rewards (GRPO), whose policy is the model as it is quantised.
 
-Their reference is the model before fine-tuning, in 16 bit: the same one, its adapter disabled and fake quantisation
-off, so that it stays the same when quantisation starts later. Answers of GRPO are sampled from the quantised model.
+Their reference is the model before fine-tuning, in 16 bit (`qat.reference`), so that it stays the same when
+quantisation starts later. Answers of GRPO are sampled from the quantised model.
 
 Shapes: `B` rows, `T` tokens, `V` vocabulary.
 """
@@ -9,8 +9,6 @@ Shapes: `B` rows, `T` tokens, `V` vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from qat.head import call_lm_head
@@ -68,33 +66,9 @@ def _as_quantised(trainer: Any, learner: Learner, *, temperature: float) -> Any:
 
     model = learner.model
     if "ref" in getattr(model, "peft_config", {}):
-        # TRL's copy of the fresh adapter: it adds nothing to the weights, but they would be quantised.
+        # TRL's copy of the fresh adapter, which would lie in every checkpoint: without it, it disables the adapter.
         model.delete_adapter("ref")
     prepared = learner.prepared
     if not torch.cuda.is_available() or (prepared is not None and "lm_head" in prepared.layers):
         call_lm_head(model, temperature)
-    if prepared is None:
-        return trainer
-    model.disable_adapter = _unquantised(learner, model.disable_adapter)
     return trainer
-
-
-def _unquantised(learner: Learner, disable: Callable[[], Any]) -> Callable[[], Any]:
-    """peft's `disable_adapter`, with fake quantisation off too: the model as it was."""
-    import torch
-
-    @contextmanager
-    def disabled() -> Iterator[None]:
-        prepared = learner.prepared
-        assert prepared is not None
-        was_enabled = prepared.enabled
-        torch.clear_autocast_cache()  # it holds cast copies by parameter
-        prepared.switch_off()
-        try:
-            with disable():
-                yield
-        finally:
-            if was_enabled:
-                prepared.switch_on()
-
-    return disabled

@@ -84,6 +84,8 @@ def _blocks(release: Release) -> Iterator[Block]:
 def _summary(release: Release) -> str:
     form = release.scheme or "a torchao format"
     base = release.base.text[0].upper() + release.base.text[1:] if release.base.hub_id is None else release.base.text
+    if release.trained:
+        return f"{base}, fine-tuned with quantisation-aware training and shipped in {form}."
     if not release.is_run:
         converted = f"converted to {form}, its numbers chosen by {_numbers(release)}"
         return f"{base}, {converted}. No training for that format was done."
@@ -121,6 +123,8 @@ def _fine_tuning(recipe: Mapping[str, Any]) -> str:
 
 
 def _numbers(release: Release) -> str:
+    if release.trained:
+        return "quantisation-aware training: they are the very numbers that were trained"
     if release.qat:
         settings = release.gathered["recipe"]["fake_quant"]
         where = "W + s*B*A" if settings["placement"] == "inside" else "W alone"

@@ -34,6 +34,7 @@ class Release:
         algorithms: what chose the numbers; empty = rounded to nearest, or not recorded.
         calibration: the data that they looked at, in words.
         notes: what they did and left out, in words.
+        trained: its numbers are those of a training whose run is not at hand.
         versions: packages by name, python and the source's commit among them.
         device: the machine that made it, in words; empty = not recorded.
         metrics, gathered: of the run that made it; empty = a conversion without a run.
@@ -54,6 +55,7 @@ class Release:
     algorithms: Sequence[str] = ()
     calibration: Mapping[str, Any] | str | None = None
     notes: Sequence[str] = ()
+    trained: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str = ""
     metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -74,7 +76,7 @@ class Release:
     @property
     def qat(self) -> bool:
         """It was trained for its format."""
-        return bool(self.gathered.get("qat"))
+        return bool(self.gathered.get("qat")) or self.trained
 
     @property
     def entry(self) -> Scheme | None:
@@ -226,6 +228,7 @@ def of_folder(folder: Path, name: str | None = None, evaluation: Path | None = N
         algorithms=_names(record.get("algorithms")),
         calibration=record.get("calibration"),
         notes=_names(record.get("notes")),
+        trained=record.get("trained") is True,
         versions={str(key): str(value) for key, value in (record.get("versions") or {}).items()},
         device=str(record.get("device") or ""),
         evaluation=_evaluation(folder, evaluation),

@@ -212,9 +212,7 @@ def test_switched_off_it_computes_what_peft_computes() -> None:
     qat.switch_on()
     with model.disable_adapter():
         bare = logits_of(model)
-    plain = model_of()
-    prepared(plain, "int8-int4", "cpu")
-    assert torch.equal(bare, plain(input_ids=TOKENS).logits)
+    assert torch.equal(bare, logits_of(model_of()))  # the reference of preference training keeps 16 bit
 
 
 def test_merged_weights_are_those_that_peft_merges() -> None:
