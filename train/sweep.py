@@ -27,7 +27,7 @@ from train.signals import StopRequest
 from train.sweep_check import Plan, check_sweep
 from train.sweep_file import read_sweep
 from train.sweep_metrics import TRAINING_LOSS
-from train.sweep_report import compare_command, ranked, repeat_command, run_name, table, write_results
+from train.sweep_report import compare_command, plain_table, ranked, repeat_command, run_name, table, write_results
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -232,12 +232,12 @@ class _Listener:
 
 
 def _quiet_console() -> Any:
-    """The console without each run's report."""
+    """The console without each run's report, and without a line for each tenth where there is no live bar."""
     from train.console import ConsoleSink
 
     class Quiet(ConsoleSink):
         def emit(self, event: Event) -> None:
-            if event.kind not in ("report", "message"):
+            if event.kind not in ("report", "message") and (self.console.is_terminal or event.kind != "progress"):
                 super().emit(event)
 
     return Quiet()
@@ -274,18 +274,8 @@ def _free_memory() -> None:
 
 def _show(plan: Plan, study: Study, folder: Path, console: Console) -> None:
     """The table, and what to do with it."""
-    from rich import box
-    from rich.table import Table
-
     ended = study.ended()
-    rows = table(plan, ended)
-    shown = Table(box=box.SIMPLE_HEAD)
-    for number, title in enumerate(rows.header):
-        shown.add_column(title, justify="right" if number in rows.numeric else "left", overflow="fold")
-    for row in rows.rows:
-        shown.add_row(*row)
-    console.print()
-    console.print(shown)
+    console.print(f"\n{plain_table(table(plan, ended))}\n")
     best = next((each for each in ranked(plan, ended) if each.outcome.value is not None), None)
     if best is not None:
         console.print(f"best: trial {best.number}; again, as a run of its own:\n  {repeat_command(plan, best)}")

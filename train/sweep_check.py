@@ -13,6 +13,7 @@ from train.config import RunConfig, resolved_dict
 from train.config_loading import load_config
 from train.config_values import parse_options
 from train.inputs import missing_inputs
+from train.sweep_command import EXAMPLE
 from train.sweep_file import SweepFile
 from train.sweep_metrics import decisive, why_not
 
@@ -76,7 +77,7 @@ def check_sweep(sweep: SweepFile, overrides: Sequence[str], trials: int | None, 
         UserError: one line for each thing that is wrong.
     """
     lines = [*_wrong_options(sweep, overrides)]
-    config, _, errors = options_of([*sweep.before, *sweep.after])
+    config, _, errors = options_of(sweep.command.words([]))
     lines += [f"{sweep.path}: command: {error}" for error in errors]
     if config is None:
         lines.append(
@@ -124,8 +125,7 @@ def _count(sweep: SweepFile, trials: int | None) -> tuple[int, str | None]:
 
 def _locally(sweep: SweepFile, overrides: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
     """W&B online is for its own agents; here it is off, unless the command line says otherwise."""
-    words = [*sweep.before, *sweep.after]
-    options, _ = parse_options(RunConfig, options_of(words)[1])
+    options, _ = parse_options(RunConfig, options_of(sweep.command.words([]))[1])
     online = [option for option in options if option.path == ("track", "wandb") and option.value == "online"]
     given, _ = parse_options(RunConfig, overrides)
     if not online or any(option.path == ("track", "wandb") for option in given):
@@ -149,7 +149,7 @@ def _loaded(sweep: SweepFile, config: str, overrides: Sequence[str], lines: list
 
 
 def _missing(configs: Sequence[RunConfig]) -> Iterator[str]:
-    """Models, data, tasks and group sizes that cannot be used; data and tasks are slow to read, so each is read once."""
+    """Models, data, tasks and group sizes that cannot be used; data and tasks, slow to read, are read once each."""
     seen: set[str] = set()
     for config in configs:
         parts = {"model", "qat", "quantize"}

@@ -6,7 +6,6 @@ Everything that is wrong with the file is found at once. What the values mean fo
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,11 @@ from train.config import RunConfig
 from train.config_loading import HOME, read_file
 from train.config_messages import did_you_mean, shown
 from train.config_values import annotation_at
+from train.sweep_command import Command, read_command
 from train.sweep_space import Malformed, Parameter, Space, read_values
 
 METHODS = ("grid", "random", "bayes")
 GOALS = ("minimize", "maximize")
-_COMMAND = 'command: [train, --config, sft_qwen3.yaml, "${args}"]'
 _KNOWN = (
     "apiVersion", "command", "controller", "description", "early_terminate", "entity", "image_uri", "job", "kind",
     "method", "metric", "metrics", "name", "parameters", "program", "project", "run_cap", "scheduler",
@@ -36,16 +35,6 @@ _ELSEWHERE = {
     "scheduler": "is code that W&B would run; take method bayes, which is Optuna's TPE here",
 }
 """Keys of W&B's that have no meaning here, and what they do."""
-_ARGS = {"${args}": False, "${args_no_equals}": True}
-"""The macros that stand for the trial's options, and whether these are two words each."""
-_REFUSED = {
-    "${args_append_hydra}": "is for Hydra",
-    "${args_json_file}": "is a file that only W&B's agent writes",
-    "${args_json}": "is JSON, which `train` does not read as options",
-    "${args_no_boolean_flags}": "leaves out what is false, so that the config's own value would hold",
-    "${args_no_hyphens}": "leaves out the dashes that options of `train` begin with",
-    "${args_override_hydra}": "is for Hydra",
-}
 _NUMBERS = ("max", "max_iter", "min", "min_iter", "mu", "q", "run_cap", "s", "sigma", "eta")
 _OWN = {
     "run.name": "is given to each trial by the sweep: the sweep's name and a number",
@@ -67,8 +56,7 @@ class SweepFile:
 
     Attributes:
         name: W&B's, as the folder of the sweep and its runs have it.
-        before, after: words of the command beside the trial's options.
-        separate: an option and its value are two words.
+        command: the words beside the trial's options.
     """
 
     path: Path
@@ -77,18 +65,13 @@ class SweepFile:
     metric: str
     goal: str
     space: Space
-    before: tuple[str, ...]
-    after: tuple[str, ...]
-    separate: bool = False
+    command: Command
     run_cap: int | None = None
     early: EarlyTerminate | None = None
 
     def words(self, point: Mapping[str, Any]) -> list[str]:
         """The options of one trial, as W&B's agent would give them."""
-        options = self.space.arguments(point)
-        if self.separate:
-            options = [word for option in options for word in option.split("=", 1)]
-        return [*self.before, *options, *self.after]
+        return self.command.words(self.space.arguments(point))
 
 
 def find_sweep(name: str) -> Path:
@@ -122,13 +105,13 @@ def read_sweep(name: str) -> SweepFile:
     method, (metric, goal) = reading.method(), reading.metric()
     space = Space(tuple(reading.parameters(given.get("parameters"), ("parameters",), (), grid=method == "grid")))
     reading.collisions(space)
-    before, after, separate = reading.command()
+    command = reading.command()
     named = re.sub(r"[^\w.-]+", "-", str(given.get("name") or path.stem)).strip("-.") or path.stem
     cap, early = reading.whole(("run_cap",), given.get("run_cap")), reading.early()
     reading.as_w_and_b_reads_it()
     if reading.lines:
         raise UserError(*dict.fromkeys(reading.lines))
-    return SweepFile(path, named, method, metric, goal, space, before, after, separate, cap, early)
+    return SweepFile(path, named, method, metric, goal, space, command, cap, early)
 
 
 class _Reading:
@@ -230,32 +213,13 @@ class _Reading:
                 self.lines.append(f"{each.place}: parameter {each.key} sets what {other} sets ({seen[other].place})")
             seen[each.key] = each
 
-    def command(self) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    def command(self) -> Command:
         """The options before and after those of the trial."""
-        found = self.given.get("command")
-        if not isinstance(found, list) or not found:
-            what = "is missing" if found is None else f"is {shown(found)}"
-            self.wrong(("command",), f"command {what}; as {_COMMAND}")
-            return (), (), False
-        words = [_filled(str(word)) for word in found]
-        macros = [word for word in words if "${" in word]
-        for word in macros:
-            if word in _REFUSED:
-                self.wrong(("command",), f"{word} {_REFUSED[word]}; use ${{args}}")
-            elif word not in (*_ARGS, "${env}", "${interpreter}", "${program}"):
-                self.wrong(("command",), f"{word} is no macro of W&B's; use ${{args}}, as a word of its own")
-        words = [str(self.given.get("program", "")) if word == "${program}" else word for word in words]
-        begin = next((number for number, word in enumerate(words) if Path(word).name == "train"), None)
-        if begin is None:
-            self.wrong(("command",), f"command does not call `train`; as {_COMMAND}")
-            return (), (), False
-        places = [number for number, word in enumerate(words) if word in _ARGS]
-        if len(places) != 1 or places[0] < begin:
-            if not set(macros) & set(_REFUSED):
-                self.wrong(("command",), f"command needs ${{args}} once, behind `train`; as {_COMMAND}")
-            return (), (), False
-        (middle,) = places
-        return tuple(words[begin + 1 : middle]), tuple(words[middle + 1 :]), _ARGS[words[middle]]
+        try:
+            return read_command(self.given.get("command"), str(self.given.get("program", "")))
+        except Malformed as error:
+            self.wrong(("command",), str(error))
+            return Command()
 
     def whole(self, key: tuple[str, ...], value: Any) -> int | None:
         """A whole number above 0, or None where it is not given."""
@@ -316,8 +280,3 @@ def _differences(ours: Any, theirs: Any, path: tuple[str, ...]) -> Iterator[tupl
             yield from _differences(one, other, (*path, str(number)))
     elif type(ours) is not type(theirs) or (ours != theirs and ours == ours):
         yield path, ours, theirs
-
-
-def _filled(word: str) -> str:
-    """A word of the command with W&B's `${envvar:NAME}` filled in, as its agent does it."""
-    return re.sub(r"\$\{envvar:([A-Z0-9_]*)\}", lambda found: os.environ.get(found[1], found[1]), word)

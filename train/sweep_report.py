@@ -45,6 +45,17 @@ def table(plan: Plan, ended: Sequence[Ended]) -> Table:
     return Table(header, rows, frozenset(range(len(header) - 1)))
 
 
+def plain_table(rows: Table) -> str:
+    """A table as text, columns set apart by blanks."""
+    lines = [list(rows.header), *(list(row) for row in rows.rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(rows.header))]
+
+    def cell(text: str, column: int) -> str:
+        return text.rjust(widths[column]) if column in rows.numeric else text.ljust(widths[column])
+
+    return "\n".join("  ".join(cell(text, column) for column, text in enumerate(line)).rstrip() for line in lines)
+
+
 def repeat_command(plan: Plan, each: Ended) -> str:
     """What runs a trial's settings again, as a run of its own."""
     return shlex.join(["train", "--config", plan.config, *plan.words(each.point)])
@@ -95,9 +106,9 @@ def _blocks(plan: Plan, ended: Sequence[Ended], best: Ended | None, command: str
         blocks += [
             Heading("The best one"),
             Paragraph(
-                f"Trial {best.number}, {sweep.metric} {_value(best)}, in {plan.root / run_name(plan, _of(best))}. It was "
-                "chosen by the numbers shown, so its own is flattering, the more so the more trials there were. Whether "
-                "it differs from the next one is shown by the paired comparison."
+                f"Trial {best.number}, {sweep.metric} {_value(best)}, in {plan.root / run_name(plan, _of(best))}. It "
+                "was chosen by the numbers shown, so its own is flattering, the more so the more trials there were. "
+                "Whether it differs from the next one is shown by the paired comparison."
             ),
             Code(repeat_command(plan, best)),
         ]
