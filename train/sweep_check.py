@@ -80,9 +80,7 @@ def check_sweep(sweep: SweepFile, overrides: Sequence[str], trials: int | None, 
     config, _, errors = options_of(sweep.command.words([]))
     lines += [f"{sweep.path}: command: {error}" for error in errors]
     if config is None:
-        lines.append(
-            f'{sweep.path}: command names no config; as command: [train, --config, sft_qwen3.yaml, "${{args}}"]'
-        )
+        lines.append(f"{sweep.path}: command names no config; as {EXAMPLE}")
     count, error = _count(sweep, trials)
     lines += [error] if error else []
     if lines or config is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from train.config_messages import shown
-from train.sweep_space import Malformed
+from train.sweep_values import Malformed
 
 EXAMPLE = 'command: [train, --config, sft_qwen3.yaml, "${args}"]'
 _ARGS = {"${args}": False, "${args_no_equals}": True}

@@ -20,7 +20,8 @@ from train.config_loading import HOME, read_file
 from train.config_messages import did_you_mean, shown
 from train.config_values import annotation_at
 from train.sweep_command import Command, read_command
-from train.sweep_space import Malformed, Parameter, Space, read_values
+from train.sweep_space import Parameter, Space
+from train.sweep_values import Malformed, read_values
 
 METHODS = ("grid", "random", "bayes")
 GOALS = ("minimize", "maximize")
