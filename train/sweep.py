@@ -171,7 +171,8 @@ class _Runner:
             error, code = "; ".join(problem.lines), 2
         except Exception as problem:
             error, code = self._failure(problem, name), 1
-        _free_memory()
+        if state != "complete":
+            _free_memory()
         return Outcome(state, value, round(time.monotonic() - started, 3), error, code)
 
     def _measure(self, name: str, trial: Trial) -> tuple[float | None, str | None]:

@@ -15,7 +15,7 @@ from train.config_values import parse_options
 from train.inputs import missing_inputs
 from train.sweep_command import EXAMPLE
 from train.sweep_file import SweepFile
-from train.sweep_metrics import decisive, why_not
+from train.sweep_metrics import Kind, kind_of, why_not
 
 _MOST_LINES = 20
 _OWN_OPTIONS = ("--resume", "--sweep", "--trials")
@@ -163,19 +163,19 @@ def _missing(configs: Sequence[RunConfig]) -> Iterator[str]:
 
 def _without_metric(sweep: SweepFile, configs: Sequence[RunConfig], device: str) -> Iterator[str]:
     """Why some trials would have no number to compare."""
-    distinct = {decisive(config, device): config for config in configs}
-    for config in distinct.values():
-        reason = why_not(sweep.metric, config, device)
+    distinct = dict.fromkeys(kind_of(config, device) for config in configs)
+    for kind in distinct:
+        reason = why_not(sweep.metric, kind)
         if reason is not None:
-            which = "" if len(distinct) == 1 else f" in trials with {_told(config)}"
+            which = "" if len(distinct) == 1 else f" in trials with {_told(kind)}"
             yield f"{sweep.path}: metric.name: {sweep.metric} is not reported{which}: {reason}"
             return
 
 
-def _told(config: RunConfig) -> str:
-    """What of a config decides its metrics, in short."""
-    control = str(config.eval.control).lower()
-    return f"qat={config.qat}, quantize.scheme={config.quantize.scheme}, eval.control={control}"
+def _told(kind: Kind) -> str:
+    """A kind of trial in short."""
+    format_ = f"{'qat' if kind.qat else 'quantize.scheme'}={kind.scheme}" if kind.scheme else "qat=None"
+    return f"{format_}, eval.control={str(kind.control).lower()}"
 
 
 def _shortened(lines: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,18 +34,49 @@ class _StandIn:
     top1: NDArray[np.int64] | None
 
 
-def why_not(metric: str, config: RunConfig, device: str) -> str | None:
-    """Why a run of this config has no number of that name; None where it has one.
+@dataclass(frozen=True)
+class Kind:
+    """What of a config decides which numbers its run will have.
 
-    Args:
-        metric: a dotted name of metrics.json, or `TRAINING_LOSS`.
-        device: "cuda" or "cpu", where it will run.
+    Attributes:
+        scheme: what ships; None = nothing is quantised.
+        qat: trained for it, `inside` = with the adapter inside the fake quantiser.
+        control: the twin without QAT is trained.
+        batches: for which decoding is timed.
+        tasks: the names that results are reported under.
+        simulated: the target cannot run here.
     """
+
+    scheme: str | None
+    qat: bool
+    inside: bool
+    control: bool
+    batches: tuple[int, ...]
+    tasks: tuple[str, ...]
+    simulated: bool
+
+
+def kind_of(config: RunConfig, device: str) -> Kind:
+    """The kind of a config that runs on "cuda" or "cpu"."""
+    qat = config.qat is not None
+    return Kind(
+        scheme=config.scheme_name,
+        qat=qat,
+        inside=qat and config.fake_quant.placement == "inside",
+        control=qat and config.eval.control,
+        batches=tuple(config.eval.cost_batches),
+        tasks=tuple(expand(config.eval.tasks)),
+        simulated=cannot_run(config, device) is not None,
+    )
+
+
+def why_not(metric: str, kind: Kind) -> str | None:
+    """Why a run of this kind has no number of that name, a dotted one of metrics.json or `TRAINING_LOSS`; else None."""
     if metric == TRAINING_LOSS:
         return None
     if metric.startswith(("tasks.", "tasks_mean.")):
-        return _why_no_task(metric, config, device)
-    metrics = _expected(config, device)
+        return _why_no_task(metric, kind)
+    metrics = _expected(kind)
     values = dict(_leaves(metrics))
     above = (metric.rsplit(".", length)[0] for length in range(metric.count(".") + 1))
     found = next((key for key in above if key in values), None)
@@ -57,38 +89,30 @@ def why_not(metric: str, config: RunConfig, device: str) -> str | None:
     return None if _is_number(values[found]) else "it is no number"
 
 
-def decisive(config: RunConfig, device: str) -> tuple[Any, ...]:
-    """What of a config decides which numbers a run has: configs that agree in it need one look."""
-    placement = config.fake_quant.placement
-    asked = (config.eval.control, tuple(config.eval.cost_batches), tuple(config.eval.tasks))
-    return config.scheme_name, config.qat is None, placement, asked, cannot_run(config, device)
-
-
-def _expected(config: RunConfig, device: str) -> dict[str, Any]:
+@functools.cache
+def _expected(kind: Kind) -> dict[str, Any]:
     from quantize.metrics import build_metrics
 
-    scheme, control = config.scheme_name, config.eval.control and config.qat is not None
-    simulated = cannot_run(config, device) is not None
+    scheme, control = kind.scheme, kind.control
     arms = ["base", "tuned", *(["control"] if control else [])]
     arms += ["base_quantized", "final", *(["ptq"] if control else [])] if scheme else []
-    ships = scheme is not None and not simulated
+    ships = scheme is not None and not kind.simulated
     sizes = ("base_mib", "tuned_mib", *(_SHIPPED_SIZES if ships else ()))
-    timed = {"prefill_tokens_per_s": 1.0, "decode_ms": {str(n): 1.0 for n in config.eval.cost_batches}, "peak_mib": 1.0}
-    inside = config.qat is not None and config.fake_quant.placement == "inside"
+    timed = {"prefill_tokens_per_s": 1.0, "decode_ms": {str(n): 1.0 for n in kind.batches}, "peak_mib": 1.0}
     return build_metrics(
         arms={name: _stand_in(number, name) for number, name in enumerate(arms)},
-        why=_reasons(config, simulated),
-        train_ship_gap=None if config.qat is None else 0.0,
-        backend_gap=None if config.qat is not None and not inside else 0.0,
+        why=_reasons(kind),
+        train_ship_gap=0.0 if kind.qat else None,
+        backend_gap=None if kind.qat and not kind.inside else 0.0,
         reference="control" if control else "tuned",
         size=dict.fromkeys(sizes, 1.0),
         coverage={"quantized_fraction": 1.0, "share_of_all_weights": 1.0} if scheme else {},
         scheme=scheme,
         target="" if scheme else None,
         dtype="",
-        simulated=simulated,
+        simulated=kind.simulated,
         layers={"layer": {"sqnr_db": 1.0}} if scheme else None,
-        cost=[timed, timed] if ships and config.eval.cost_batches else None,
+        cost=[timed, timed] if ships and kind.batches else None,
     )
 
 
@@ -105,30 +129,29 @@ def _stand_in(number: int, arm: str) -> _StandIn:
     return _StandIn(worse * spread, ones, exact, spread if compared else None, same if compared else None)
 
 
-def _reasons(config: RunConfig, simulated: bool) -> dict[str, str]:
+def _reasons(kind: Kind) -> dict[str, str]:
     """As `quantize.run_report` will give them."""
     why: dict[str, str] = {}
-    if config.scheme_name is None:
+    if kind.scheme is None:
         parts = ("base_quantized", "ptq", "final", *(f"size.{key}" for key in _SHIPPED_SIZES))
         why |= dict.fromkeys(parts, "neither qat nor quantize.scheme is set")
-    if config.qat is None or not config.eval.control:
-        reason = "a run without qat has no control" if config.qat is None else "eval.control is false"
-        why["control"] = reason
-        why.setdefault("ptq", reason)
-    if config.qat is None:
+    if not kind.control:
+        why["control"] = "eval.control is false" if kind.qat else "a run without qat has no control"
+        why.setdefault("ptq", why["control"])
+    if not kind.qat:
         why["train_ship_gap"] = "a run without qat has none"
-    elif config.fake_quant.placement == "outside":
+    elif not kind.inside:
         why["backend_gap"] = "fake_quant.placement is outside"
-    if not config.eval.cost_batches:
+    if not kind.batches:
         why["cost"] = "eval.cost_batches is empty"
-    if simulated:
+    if kind.simulated:
         why |= dict.fromkeys((f"size.{key}" for key in _SHIPPED_SIZES), "the target cannot run here")
     return why
 
 
-def _why_no_task(metric: str, config: RunConfig, device: str) -> str | None:
+def _why_no_task(metric: str, kind: Kind) -> str | None:
     """`tasks.NAME.ARM.value` and the like; what lm-eval will find in a task is not known here, only its arms are."""
-    names = list(expand(config.eval.tasks))
+    names = kind.tasks
     if not names:
         return "eval.tasks is empty"
     if metric.startswith("tasks_mean."):
@@ -143,7 +166,7 @@ def _why_no_task(metric: str, config: RunConfig, device: str) -> str | None:
         *above, last = metric.removeprefix(f"tasks.{name}.").split(".")
     if last not in _TASK_PARTS:
         return f"it is no number; as tasks.{names[0]}.final.value"
-    return why_not(".".join((*above, "loss", *(["value"] if above[:1] == ["comparisons"] else []))), config, device)
+    return why_not(".".join((*above, "loss", *(["value"] if above[:1] == ["comparisons"] else []))), kind)
 
 
 def _reason(metric: str, why: Mapping[str, str]) -> str:

@@ -19,7 +19,7 @@ from train.config_loading import HOME, load_config
 from train.config_values import annotation_at
 from train.sweep_check import check_sweep, options_of
 from train.sweep_file import find_sweep, read_sweep
-from train.sweep_metrics import why_not
+from train.sweep_metrics import kind_of, why_not
 from train.sweep_space import Parameter, Space
 from train.sweep_values import Malformed, Range, Weighted, read_values
 
@@ -311,7 +311,7 @@ class TestMetrics:
         ],
     )  # fmt: skip
     def test_known_before_a_run(self, metric: str, options: list[str], reason: str | None) -> None:
-        found = why_not(metric, load_config("tiny.yaml", ["--qat=int8-int4", *options]), "cpu")
+        found = why_not(metric, kind_of(load_config("tiny.yaml", ["--qat=int8-int4", *options]), "cpu"))
         assert (found is None) if reason is None else (found is not None and reason in found)
 
 

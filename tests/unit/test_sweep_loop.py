@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import importlib.util
 import json
 import os
@@ -58,6 +59,8 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> Pipeline:
     module.run = made.run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "train.pipeline", module)
     monkeypatch.setattr(sweep_check, "missing_inputs", lambda config, bad=(): [])
+    monkeypatch.setattr(sweep_check, "why_not", lambda *args: None)  # both have tests of their own
+    monkeypatch.setattr(gc, "collect", lambda: 0)
     return made
 
 
@@ -133,8 +136,8 @@ def test_all_failed(sweep: Callable[..., int], pipeline: Pipeline, error: Except
         raise error
 
     pipeline.act = act
-    assert sweep() == code
-    assert len(pipeline.seen) == 3
+    assert sweep(parameters={"train.learning_rate": {"values": [0.001]}}) == code
+    assert len(pipeline.seen) == 1
 
 
 def test_a_full_disk_ends_the_sweep_and_the_trial_is_taken_up(
@@ -151,17 +154,18 @@ def test_a_full_disk_ends_the_sweep_and_the_trial_is_taken_up(
     assert [name for name, *_ in pipeline.seen] == ["s-000", "s-000", "s-001", "s-002"]
 
 
-@pytest.mark.parametrize("method", ["grid", "random", "bayes"])
+@pytest.mark.parametrize("method", ["grid", "bayes"])
 def test_broken_off_anywhere_it_goes_on_with_the_same_values(
     sweep: Callable[..., int], pipeline: Pipeline, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     space = {"train.learning_rate": {"min": 0.001, "max": 0.1}, "fake_quant.start": {"values": [0, 0.5, None]}}
     if method == "grid":
         space["train.learning_rate"] = {"values": [0.01, 0.02]}
-    asked: dict[str, Any] = {"method": method, "parameters": space, "run_cap": 6}
-    assert sweep(name="whole", **asked) == 0
-    unbroken = [values for _, *values in pipeline.seen]
-    assert len(unbroken) == 6
+    asked: dict[str, Any] = {"method": method, "parameters": space, "run_cap": 5}
+    unbroken = [[rate, start] for rate in (0.01, 0.02) for start in (0, 0.5, None)][:5]
+    if method == "bayes":
+        assert sweep(name="whole", **asked) == 0
+        unbroken = [values for _, *values in pipeline.seen]
     pipeline.seen.clear()
 
     def stopped(config: Any) -> None:
@@ -183,9 +187,9 @@ def test_broken_off_anywhere_it_goes_on_with_the_same_values(
     pipeline.act = lambda config: None
     assert sweep(**asked) == 0
     names = [name for name, *_ in pipeline.seen]
-    assert names == ["s-000", "s-001", "s-001", "s-002", "s-003", "s-003", "s-004", "s-005"]
+    assert names == ["s-000", "s-001", "s-001", "s-002", "s-003", "s-003", "s-004"]
     assert list({name: values for name, *values in pipeline.seen}.values()) == unbroken
-    assert len(results(tmp_path)["trials"]) == 6
+    assert len(results(tmp_path)["trials"]) == 5
 
 
 def test_more_trials_and_values_that_come_again(
@@ -195,7 +199,7 @@ def test_more_trials_and_values_that_come_again(
     asked: dict[str, Any] = {"method": "random", "parameters": values, "run_cap": 1}
     assert sweep(**asked) == 0
     assert len(pipeline.seen) == 1
-    assert sweep("--trials=30", **asked) == 0
+    assert sweep("--trials=20", **asked) == 0
     assert len(pipeline.seen) == 2, "two points are all that there are"
     trials = results(tmp_path)["trials"]
     again = [trial for trial in trials if trial["same_as"] is not None]
@@ -208,11 +212,11 @@ def test_early_stop_by_the_training_loss(
 ) -> None:
     """The training loss, which falls, is compared; a metric that is to grow turns nothing round."""
     early = {"type": "hyperband", "min_iter": 2, "eta": 2}
-    values = {"train.learning_rate": {"values": [0.001, 0.5, 0.4, 0.0005]}}
+    values = {"train.learning_rate": {"values": [0.001, 0.5, 0.0005]}}
     metric = {"name": "final.loss", "goal": goal}
     assert sweep(parameters=values, early_terminate=early, metric=metric) == 0
     states = [trial["state"] for trial in results(tmp_path)["trials"]]
-    assert states == ["complete", "stopped early", "stopped early", "complete"]
+    assert states == ["complete", "stopped early", "complete"]
 
 
 def test_what_stands_in_the_way(
