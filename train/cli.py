@@ -10,14 +10,15 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from quantize.errors import Stopped, UserError
 
 _FLAGS = ("--dry-run", "--debug", "--version", "--help")
-_VALUES = ("--config", "--resume")
+_VALUES = ("--config", "--resume", "--sweep", "--trials")
+_EXAMPLES = {"--config": "quickstart.yaml", "--resume": "runs/NAME", "--sweep": "tiny.yaml", "--trials": "20"}
 # Loggers that warn, at each start, of what no user of this command can or need change.
 _NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes", "transformers.trainer_utils")
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -28,6 +29,8 @@ _DESCRIPTION = """LoRA fine-tuning that keeps the weights on the quantisation gr
   train --config sft_qwen3.yaml --qat int8-int4 --train.max_steps=100 --dry-run
 
   train --resume runs/NAME
+
+  train --sweep configs/sweeps/tiny.yaml
 
 Every key of the config is an option; dashes and underscores are alike. --lora=None is full fine-tuning. Keys of
 model.shape and train.extra: --model.shape.KEY=VALUE, --train.extra.KEY=VALUE. Lists: a,b or ['a','b'].
@@ -41,6 +44,8 @@ class CommandLine:
     Attributes:
         config: a path or the name of a packaged config.
         resume: the run to continue.
+        sweep: the sweep file whose trials are to be run.
+        trials: how many of them, as typed.
         flags: those given of --dry-run, --debug, --version, --help.
         overrides: all other words, for `load_config`.
         errors: what is wrong with the options above.
@@ -51,6 +56,8 @@ class CommandLine:
     flags: frozenset[str] = frozenset()
     overrides: tuple[str, ...] = ()
     errors: tuple[str, ...] = field(default=())
+    sweep: str | None = None
+    trials: str | None = None
 
 
 def split_arguments(argv: Sequence[str]) -> CommandLine:
@@ -70,17 +77,14 @@ def split_arguments(argv: Sequence[str]) -> CommandLine:
             if not equals:
                 value = words.pop(0) if words and not words[0].startswith("--") else ""
             if not value:
-                errors.append(
-                    f"{name} needs a value, as {name} {'quickstart.yaml' if name == '--config' else 'runs/NAME'}"
-                )
+                errors.append(f"{name} needs a value, as {name} {_EXAMPLES[name]}")
             elif values.get(name, value) != value:
                 errors.append(f"{name} is given twice: {values[name]} and {value}")
             values[name] = value
         else:
             overrides.append(word)
-    return CommandLine(
-        values.get("--config"), values.get("--resume"), frozenset(flags), tuple(overrides), tuple(errors)
-    )
+    config, resume, sweep, trials = (values.get(name) for name in _VALUES)
+    return CommandLine(config, resume, frozenset(flags), tuple(overrides), tuple(errors), sweep, trials)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,17 +129,44 @@ def _run(line: CommandLine, argv: list[str]) -> int:
 
         print(f"ongrid {version('ongrid')}")
         return 0
-    errors = list(line.errors)
-    if line.config and line.resume:
-        errors.append("--config and --resume exclude each other: a run is continued with its own config")
-    if not line.config and not line.resume and not errors:
-        errors.append("say what to train: --config FILE (as --config quickstart.yaml), or --resume RUN; see --help")
+    errors = [*line.errors, *_misplaced(line)]
     if errors:
         raise UserError(*errors)
     if "--debug" not in line.flags:
         for name in _NOISY:
             logging.getLogger(name).setLevel(logging.ERROR)
+    if line.sweep:
+        return _sweep(line, argv)
     return _resume(line, argv) if line.resume else _start(line, argv)
+
+
+def _misplaced(line: CommandLine) -> Iterator[str]:
+    """Options of the command itself that do not go together."""
+    if line.config and line.resume:
+        yield "--config and --resume exclude each other: a run is continued with its own config"
+    if line.sweep and (line.config or line.resume):
+        yield "--sweep takes its config from the `command:` of its file; leave --config and --resume out"
+    if line.trials and not line.sweep:
+        yield "--trials is the number of trials of --sweep"
+    if line.trials and not (line.trials.isdecimal() and int(line.trials) > 0):
+        yield f"--trials={line.trials}: expected a whole number >= 1"
+    if not (line.config or line.resume or line.sweep or line.errors):
+        yield "say what to train: --config FILE (as --config quickstart.yaml), --resume RUN or --sweep FILE; see --help"
+
+
+def _sweep(line: CommandLine, argv: list[str]) -> int:
+    from train.sweep import plan_sweep, render_sweep, run_sweep
+
+    assert line.sweep is not None
+    plan = plan_sweep(line.sweep, line.overrides, int(line.trials) if line.trials else None)
+    if "--dry-run" in line.flags:
+        text, obstacles = render_sweep(plan)
+        print(text, flush=True)
+        if obstacles:
+            raise UserError(*obstacles)
+        return 0
+    run_sweep(plan, argv=argv, debug="--debug" in line.flags)
+    return 0
 
 
 def _start(line: CommandLine, argv: list[str]) -> int:

@@ -80,8 +80,13 @@ def load_config(path_or_name: str | Path, overrides: Sequence[str] = (), *, with
     return config
 
 
-def read_file(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
+def read_file(
+    file: Path, expected: str = "sections such as `model:` and `data:`"
+) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
     """The mapping in a YAML or JSON file, and where each of its keys stands ("sft.yaml:12").
+
+    Args:
+        expected: what it should hold, for the message where it holds something else.
 
     Raises:
         UserError: unreadable, malformed, a key given twice, or no mapping.
@@ -103,7 +108,7 @@ def read_file(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
         raise UserError(f"{file}: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         what = "is empty" if values is None else f"holds {shown(values)}"
-        raise UserError(f"{file}: {what}; expected sections such as `model:` and `data:`")
+        raise UserError(f"{file}: {what}; expected {expected}")
     return values, dict(_lines(tree, file, ())) if tree is not None else {}
 
 

@@ -166,9 +166,18 @@ def read_value(text: str, annotation: Any) -> Any:
         return _items([_unquoted(part.strip()) for part in text.split(",") if part.strip()], annotation)
     if str in kinds:
         return _unquoted(text)
-    if int in kinds and float not in kinds and isinstance(value, float) and value.is_integer():
-        return int(value)  # W&B's quantised distributions give 8.0
-    return value
+    section = section_of(annotation)
+    if section is not None and isinstance(value, dict):  # W&B's nested parameters: --train={'max_steps': 8.0}
+        fields = section.model_fields
+        return {key: _whole(each, fields[key].annotation) if key in fields else each for key, each in value.items()}
+    return _whole(value, annotation)
+
+
+def _whole(value: Any, annotation: Any) -> Any:
+    """8.0, which W&B's quantised distributions give, as 8 where a whole number is wanted."""
+    kinds = kinds_of(annotation)
+    wanted = int in kinds and float not in kinds and isinstance(value, float) and value.is_integer()
+    return int(value) if wanted else value
 
 
 def _items(values: Sequence[Any], annotation: Any) -> list[Any]:

@@ -118,7 +118,7 @@ def check_data_source(config: DataConfig, method: str = "sft") -> None:
         if source is None:
             continue
         try:
-            if _local(source) is None:
+            if local_file(source) is None:
                 _check_hub(source)
             else:
                 find_format(_load(config, source, split).column_names, config.format, source, method)
@@ -136,7 +136,7 @@ def _check_hub(source: str) -> None:
         raise UserError(f"data: {source} is no local file, and {error}; offline, give a local file") from error
 
 
-def _local(source: str) -> Path | None:
+def local_file(source: str) -> Path | None:
     """The file that `source` names: as given, or among the packaged examples. None for a hub id."""
     path = Path(source).expanduser()
     packaged = Path(__file__).resolve().parent.parent / source
@@ -151,7 +151,7 @@ def _local(source: str) -> Path | None:
 def _load(config: DataConfig, source: str, split: str) -> Any:
     import datasets
 
-    path = _local(source)
+    path = local_file(source)
     datasets.disable_progress_bars()
     try:
         if path is None:

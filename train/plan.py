@@ -76,7 +76,7 @@ class Plan:
 
 def estimate(config: RunConfig) -> Plan:
     """The plan of a run: nothing is loaded, and of a hub model at most config.json is fetched."""
-    device = "cuda" if _has_nvidia() else "cpu"
+    device = device_here()
     steps, obstacles = tuple(steps_of(config, device)), (*_missing_files(config), *_task_obstacles(config))
     try:
         size = find_size(config.model)
@@ -276,6 +276,11 @@ def _train_dtype(config: RunConfig, device: str) -> str:
 
 def _train_bytes(config: RunConfig, device: str) -> int:
     return _BYTES[_train_dtype(config, device)]
+
+
+def device_here() -> str:
+    """ "cuda" or "cpu", as far as can be told without torch."""
+    return "cuda" if _has_nvidia() else "cpu"
 
 
 def _has_nvidia() -> bool:

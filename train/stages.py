@@ -166,21 +166,21 @@ class Stages:
     def data(self, model: LocalModel) -> Prepared:
         """Tokenised, split and fingerprinted data; one mask-coloured example is shown."""
         from train.data import PREPARED_FILES, load_prepared, prepare_data, save_prepared
+        from train.data_cache import data_key, shared
 
         config = self.config
         method = config.train.method
         key = fingerprint_of(self.model_key, config.data.model_dump(), config.train.max_length, config.run.seed, method)
         folder = self.directory.path / "data"
 
+        def make() -> None:
+            tokenizer = self.tokenizer(model.folder)
+            length, seed = config.train.max_length, config.run.seed
+            save_prepared(prepare_data(config.data, tokenizer, max_length=length, seed=seed, method=method), folder)
+
         def work() -> dict[str, Any]:
-            prepared = prepare_data(
-                config.data,
-                self.tokenizer(model.folder),
-                max_length=config.train.max_length,
-                seed=config.run.seed,
-                method=method,
-            )
-            save_prepared(prepared, folder)
+            shared(folder, PREPARED_FILES, self.cache / "data", lambda: data_key(config, model.folder), make)
+            prepared = load_prepared(folder)
             return {"fingerprint": prepared.fingerprint, "statistics": prepared.statistics}
 
         result = self.log.run("data", key, work, makes=[folder / name for name in PREPARED_FILES])

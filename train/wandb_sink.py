@@ -22,6 +22,8 @@ _ARM_COLUMNS = [
     "arm", "model", "loss", *(f"loss_vs_base{end}" for end in _BOUNDS),
     "accuracy", *(f"accuracy_vs_base{end}" for end in _BOUNDS), "mib",
 ]  # fmt: skip
+_STOPS = ("Stopped", "StoppedEarly")
+"""Ends that were asked for, by a signal (W&B's agent sends SIGTERM to stop a run early) or by a sweep: no failure."""
 _REPORT_FILES = ("metrics.json", "report.md", "report.html")
 
 
@@ -47,10 +49,10 @@ class WandbSink:
         self._path = directory.path
         self._works = True
         self._exit_code = 0
-        self.run_id: str = directory.read_json("manifest.json").get("wandb_run_id") or generate_id()
+        wanted = directory.read_json("manifest.json").get("wandb_run_id") or generate_id()
         try:
             self._run: Any = wandb.init(
-                id=self.run_id,
+                id=wanted,
                 resume="allow",
                 mode="online" if mode == "online" else "offline",
                 dir=str(directory.path),
@@ -65,6 +67,7 @@ class WandbSink:
         except (wandb.Error, OSError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(f"track.wandb={mode}: W&B says: {reason}; set track.wandb=offline, or off") from error
+        self.run_id: str = self._run.id  # that of W&B's agent where one started this run
         for arm in (
             "control",
             "tuned",
@@ -75,7 +78,7 @@ class WandbSink:
     def emit(self, event: Event) -> None:
         """Logs steps as they come, and tables, plots and the report at the end."""
         if event.kind == "run_failed":
-            self._exit_code = 1
+            self._exit_code = 0 if event.data["error"] in _STOPS else 1
         if not self._works or event.kind not in ("step", "metrics", "report"):
             return
         try:
@@ -106,7 +109,7 @@ class WandbSink:
             self._run.log_artifact(artifact)
 
     def close(self) -> None:
-        """Ends W&B's run: finished, or failed where the run did."""
+        """Ends W&B's run: finished, also where it was stopped, or failed where the run did."""
         self._run.finish(exit_code=self._exit_code)
 
 

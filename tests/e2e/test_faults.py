@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wandb_files import wandb_exits
 
 from quantize.errors import UserError
 from train.events import Event
@@ -144,9 +145,11 @@ def _without_timings(metrics: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stop_saves_the_state_and_says_how_to_go_on(number: int, code: int, runs: Any) -> None:
+    """SIGTERM is also how W&B's agent ends a run early, which is finished for W&B then, not failed."""
     name = f"stopped-{code}"
+    tracked = ["--track.wandb=offline"] if number == signal.SIGTERM else []
     process = runs.start(
-        "--config", "tiny.yaml", f"--run.name={name}", "--train.max-steps=500", "--train.save-steps=400"
+        "--config", "tiny.yaml", f"--run.name={name}", "--train.max-steps=500", "--train.save-steps=400", *tracked
     )
     for line in process.stdout:
         if "fit-tuned: " in line:
@@ -157,6 +160,7 @@ def test_a_stop_saves_the_state_and_says_how_to_go_on(number: int, code: int, ru
     assert f"stopped; continue with: train --resume {runs.root / name}" in errors
     assert "Traceback" not in errors
     assert list((runs.root / name / "checkpoints").glob("checkpoint-*"))
+    assert wandb_exits(runs.root / name) == [0 for _ in tracked]
 
 
 def test_a_second_command_on_a_run_at_work_is_refused(finished: Path, runs: Any) -> None:

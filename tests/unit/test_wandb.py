@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ import numpy as np
 import pytest
 
 pytest.importorskip("wandb")
+
+from wandb_files import log_entries
 
 from quantize.metrics import build_metrics
 from quantize.plots import draw_plots
@@ -83,26 +84,8 @@ def _records(run: RunDir) -> Iterator[Any]:
         deadline = time.monotonic() + 30
         while not any(record.HasField("exit") for record in records):  # W&B's own process may still be writing
             assert time.monotonic() < deadline
-            records = [wandb_internal_pb2.Record.FromString(data) for data in _log_entries(path.read_bytes())]
+            records = [wandb_internal_pb2.Record.FromString(data) for data in log_entries(path.read_bytes())]
         yield from records
-
-
-def _log_entries(data: bytes) -> Iterator[bytes]:
-    """The entries of a LevelDB log after W&B's 7 bytes: blocks of 32 KiB; crc (4), length (2), kind (1), content."""
-    position, entry = 7, b""
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
-        entry += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if position > len(data):
-            return  # not wholly on disk yet
-        if kind in (1, 4):  # whole, or last part
-            yield entry
-            entry = b""
 
 
 def _values(items: Any) -> dict[str, Any]:
@@ -154,9 +137,9 @@ def test_a_resumed_run_goes_on_under_its_id(run: RunDir) -> None:
     assert {record.run.run_id for record in _records(run) if record.HasField("run")} == {first.run_id}
 
 
-@pytest.mark.parametrize(("events", "code"), [([], 0), ([Event("run_failed", {"error": "E", "text": "t"})], 1)])
-def test_a_failed_run_is_marked_as_failed(run: RunDir, events: list[Event], code: int) -> None:
-    _write(run, *events)
+@pytest.mark.parametrize(("error", "code"), [(None, 0), ("ValueError", 1), ("Stopped", 0), ("StoppedEarly", 0)])
+def test_a_failed_run_is_marked_as_failed_and_a_stopped_one_is_not(run: RunDir, error: str | None, code: int) -> None:
+    _write(run, *([Event("run_failed", {"error": error, "text": "t"})] if error else []))
     exits = [record.exit.exit_code for record in _records(run) if record.HasField("exit")]
     assert exits == [code]
 
