@@ -20,6 +20,7 @@ from train.cli import split_arguments
 from train.config import RunConfig
 from train.config_loading import find_config, load_config
 from train.config_values import keys_of, parse_options
+from train.sweep import plan_sweep
 
 PAGES = {str(page.relative_to(ROOT)): page for page in documents()}
 MEASURED = [ROOT / "README.md", ROOT / "docs" / "RESULTS.md", ROOT / "docs" / "RUN.md"]
@@ -28,6 +29,7 @@ FILLED = {page for page in PAGES.values() if re.search("^<!-- generated|^:::", p
 SECTIONS = [name for name in RunConfig.model_fields if name != "qat"]
 FILES = (".json", ".jsonl", ".md", ".parquet", ".pte", ".safetensors", ".yaml")
 OTHERS = {
+    "wandb": "needs an account, and its server",
     "docker": "needs Docker, an index and a GPU",
     "source": "the shell's own",
     "pip": "takes packages from an index",
@@ -85,6 +87,8 @@ def check_train(words: list[str]) -> None:
         load_config(find_config("tiny.yaml"), ["--qat=int8-int4", *line.overrides])
     elif line.config is not None:
         load_config(find_config(line.config), line.overrides)
+    elif line.sweep is not None:
+        plan_sweep(line.sweep, line.overrides, int(line.trials) if line.trials else None)
     else:
         assert line.resume is not None or "--help" in line.flags
         assert parse_options(RunConfig, line.overrides)[1] == []

@@ -305,7 +305,7 @@ class TestMetrics:
             ("final", [], "no such key"),
             ("tasks.choices.final.value", [], "eval.tasks is empty"),
             ("tasks.choices.final.value", ["--eval.tasks=examples/tasks/choices.yaml"], None),
-            ("tasks.gsm8k.final.value", ["--eval.tasks=examples/tasks/choices.yaml"], "eval.tasks has choices"),
+            ("tasks.gsm8k.final.value", ["--eval.tasks=examples/tasks/choices.yaml"], "the run's tasks are choices"),
             ("tasks.choices.metric", ["--eval.tasks=examples/tasks/choices.yaml"], "it is no number"),
             ("tasks_mean.final.value", ["--eval.tasks=examples/tasks/choices.yaml"], "two tasks"),
         ],

@@ -36,7 +36,7 @@ class Pipeline:
         self.seen: list[tuple[str, Any, Any]] = []
         self.act: Callable[[Any], Any] = lambda config: None
 
-    def run(self, config: Any, *, argv: Any, sinks: Any) -> Any:
+    def run(self, config: Any, *, argv: Any, sinks: Any, ready: Any) -> Any:
         self.seen.append((config.run.name, config.train.learning_rate, config.fake_quant.start))
         folder = Path(config.run.root) / config.run.name
         folder.mkdir(parents=True, exist_ok=True)
