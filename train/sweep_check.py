@@ -81,15 +81,14 @@ def check_sweep(sweep: SweepFile, overrides: Sequence[str], trials: int | None, 
     lines += [f"{sweep.path}: command: {error}" for error in errors]
     if config is None:
         lines.append(f"{sweep.path}: command names no config; as {EXAMPLE}")
-    count, error = _count(sweep, trials)
-    lines += [error] if error else []
     if lines or config is None:
         raise UserError(*lines)
+    count, error = _count(sweep, trials)
+    lines += [error] if error else []
     overrides, notes = _locally(sweep, overrides)
     configs = list(_loaded(sweep, config, overrides, lines))
-    if lines:
-        raise UserError(*_shortened(lines))
-    lines += [*dict.fromkeys(_missing(configs)), *_without_metric(sweep, configs, device)]
+    lines += _without_metric(sweep, configs, device)
+    lines += () if lines else dict.fromkeys(_missing(configs))  # it takes seconds
     if lines:
         raise UserError(*_shortened(lines))
     root = Path(configs[0].run.root).expanduser()

@@ -101,6 +101,8 @@ def read_sweep(name: str) -> SweepFile:
     """
     path = find_sweep(name)
     given, places = read_file(path, "`method:`, `metric:`, `parameters:` and `command:`, as W&B's sweeps have")
+    if "model" in given and "method" not in given:
+        raise UserError(f"--sweep {path} is a config, no sweep; as train --config {path}")
     reading = _Reading(path, given, places)
     reading.keys()
     method, (metric, goal) = reading.method(), reading.metric()

@@ -245,6 +245,7 @@ parameters:
             ({"parameters": {"quantize.group_size": {"values": [32, 48]}}}, "48"),
             ({"parameters": {"train.lr_scheduler_type": {"values": ["cosine", "cosin"]}}}, "did you mean cosine?"),
             ({"method": "random"}, "give --trials=20"),
+            ({"method": "random", "parameters": {"train.optim": {"values": ["adam"]}}}, "train.optim=adam is unknown"),
             ({"scheduler": {"engine": "optuna"}}, "take method bayes"),
             ({"metric": {"name": "final.los", "goal": "minimize"}}, "did you mean final.loss?"),
             ({"metric": {"name": "final.loss", "goal": "less"}}, 'metric.goal is "less"'),
@@ -271,6 +272,9 @@ parameters:
     def test_malformed_yaml_and_an_empty_file(self, tmp_path: Path) -> None:
         assert "sweep.yaml:3: malformed YAML" in refused(write(tmp_path, "method: grid\nmetric: [\n  a: : b"))
         assert "expected `method:`, `metric:`" in refused(write(tmp_path, ""))
+
+    def test_a_config(self) -> None:
+        assert "is a config, no sweep; as train --config" in refused(str(HOME / "configs" / "tiny.yaml"))
 
     def test_options_that_collide(self, tmp_path: Path) -> None:
         name = write(tmp_path)
