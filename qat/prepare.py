@@ -71,17 +71,17 @@ class Prepared:
         bindings: the forwards that simulate it.
     """
 
-    model: nn.Module
+    model: nn.Module = field(repr=False)
     format: Format
     coverage: Coverage
     placement: str
     mse: bool = False
     ranges_chosen: bool = False
-    layers: dict[str, tuple[Any, LayerNumerics]] = field(default_factory=dict)
-    calls: Counter[str] = field(default_factory=Counter)
+    layers: dict[str, tuple[Any, LayerNumerics]] = field(default_factory=dict, repr=False)
+    calls: Counter[str] = field(default_factory=Counter, repr=False)
     enabled: bool = False
-    cache: WeightCache = field(default_factory=lambda: WeightCache(limit=0))
-    bindings: list[Binding] = field(default_factory=list)
+    cache: WeightCache = field(default_factory=lambda: WeightCache(limit=0), repr=False)
+    bindings: list[Binding] = field(default_factory=list, repr=False)
 
     def switch_on(self) -> None:
         """Simulates quantisation from here on."""

@@ -16,7 +16,7 @@ each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_there_are_four_and_the_page_lists_them() -> None:
     assert {path.stem for path in NOTEBOOKS} == {"compare_schemes", "export_phone", "qwen3_qat", "sweep"}
     page = (ROOT / "docs" / "notebooks.md").read_text(encoding="utf-8")
-    assert all(f"(../examples/{path.name})" in page for path in NOTEBOOKS)
+    assert all(f"`examples/{path.name}`" in page for path in NOTEBOOKS)
 
 
 @each
