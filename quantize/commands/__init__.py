@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
-from quantize.commands import card, compare, convert, eval, export, push, schemes, sensitivity
+from quantize.commands import card, compare, convert, doctor, eval, export, push, schemes, sensitivity
 
 
 class Verb(Protocol):
@@ -24,6 +24,7 @@ class Verb(Protocol):
 
 
 VERBS: dict[str, Verb] = {
+    "doctor": doctor,
     "schemes": schemes,
     "convert": convert,
     "eval": eval,
