@@ -13,14 +13,14 @@ from quantize.errors import UserError
 
 SUMMARY = "what this machine can train, run and export, and the command for what is missing"
 _CODES = (
-    "Exit code 0: something can be trained and shipped here, though some of it may be slow, simulated or missing. 2: "
-    "nothing can, as a package that everything needs is missing or broken. It takes some seconds and changes nothing."
+    "It takes some seconds and changes nothing. Exit code 0: something can be trained and shipped here, though some of "
+    "it may be slow, simulated or missing; 2: nothing can, as a package that everything needs is missing or broken."
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--imports, --json, --root."""
-    parser.description, parser.epilog = f"Says {SUMMARY}.", _CODES
+    parser.description = f"Says {SUMMARY}. {_CODES}"
     parser.add_argument(
         "--imports", action="store_true",
         help="also import unsloth, trl and other slow packages, each in a process of its own (up to some minutes)",

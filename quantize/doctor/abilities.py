@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import metadata
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.doctor.findings import Finding, first_line, lock_of, pip
-from quantize.doctor.packages import asked, cuda_command, extra_command, python_fits, version_of
+from quantize.doctor.packages import cuda_command, extra_command, python_fits, version_of, wanted_text
 from quantize.errors import UserError
 from quantize.schemes import SCHEMES, Scheme
 
@@ -48,7 +47,9 @@ def describe_training(answers: Mapping[str, Any]) -> Iterator[Finding]:
     yield from _unsloth(answers["torch"]["cuda"] is None)
     lacking = [name for name in ("transformers", "peft", "trl") if version_of(name) is None]
     if lacking:
-        yield Finding("backend peft", "broken", f"{', '.join(lacking)} missing (see packages)", pip(*_texts(lacking)))
+        yield Finding(
+            "backend peft", "broken", f"{', '.join(lacking)} missing (see packages)", pip(*map(wanted_text, lacking))
+        )
     else:
         yield Finding("backend peft", "yes", "plain transformers and PEFT: train ... --model.backend=peft")
     if found is None:
@@ -59,11 +60,6 @@ def describe_training(answers: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("device", "yes", f"{name}, weights in bfloat16 (model.dtype=auto)")
         yield _fused(found)
     yield _qlora()
-
-
-def _texts(names: list[str]) -> list[str]:
-    known = {re.split(r"[<>=~!\[ ]", text)[0]: text for text in asked()}
-    return [known.get(name, name) for name in names]
 
 
 def _fused(found: tuple[int, int]) -> Finding:

@@ -71,7 +71,8 @@ def python() -> str:
     """This interpreter, as a command line in this folder names it."""
     here = Path(sys.executable)
     for name in ("python", "python3"):
-        if shutil.which(name) == str(here):
+        found = shutil.which(name)
+        if found and Path(found).parent == here.parent:  # a script names python3.11, of which both are links
             return name
     inside = here.is_relative_to(Path.cwd())
     return tilde(shlex.quote(str(here.relative_to(Path.cwd()) if inside else here)))

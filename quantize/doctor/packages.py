@@ -76,6 +76,11 @@ def check(text: str) -> Need:
     return Need(named[0], text, found, fits)
 
 
+def wanted_text(name: str) -> str:
+    """What the project asks of one of its packages, as pip takes it; the name alone where it asks nothing."""
+    return next((text for text in asked() if re.split(r"[^\w.-]", text, maxsplit=1)[0] == name), name)
+
+
 def extra_command(extra: str) -> str:
     """The command that installs an extra's packages."""
     return pip(*asked(extra))
@@ -128,7 +133,7 @@ def _torch_build(answers: Mapping[str, Any], gpus: list[Gpu]) -> Iterator[Findin
     if known is None:
         if version_of("torch"):
             reason = answers.get("failed", "no message")
-            wanted = next((need.text for need in core() if need.name == "torch"), "torch")
+            wanted = wanted_text("torch")
             text = f"installed, but cannot be imported: {reason}"
             yield Finding("import torch", "broken", text, pip(wanted, options="--force-reinstall"))
         return
@@ -161,8 +166,7 @@ def cuda_command() -> str:
     lock = lock_of("cuda")
     if lock is not None and (PROJECT / "Makefile").is_file():
         return f"make -C {tilde(PROJECT)} setup VENV=.venv-cuda LOCK=requirements/{lock.name}"
-    wanted = next((text for text in asked() if text.startswith("torch>")), "torch")
-    return pip(wanted, options="--force-reinstall")
+    return pip(wanted_text("torch"), options="--force-reinstall")
 
 
 def _driver_command(oldest: str | None) -> str:
@@ -179,7 +183,7 @@ def _torchao(answers: Mapping[str, Any]) -> Iterator[Finding]:
     if known is None:
         if "torch" in answers and version_of("torchao"):
             reason = answers.get("failed", "no message")
-            wanted = next((text for text in asked() if text.startswith("torchao")), "torchao")
+            wanted = wanted_text("torchao")
             text = f"installed, but cannot be imported: {reason}"
             yield Finding("import torchao", "broken", text, pip(wanted, options="--no-deps --force-reinstall"))
         return

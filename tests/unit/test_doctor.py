@@ -56,7 +56,6 @@ Examine = Callable[..., dict[str, dict[str, Finding]]]
 def imagined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Examine:
     """`examine` with faked packages, GPUs and answers, as findings by section and name."""
     monkeypatch.setattr(packages, "asked", lambda extra=None: (f"{extra}==1",) if extra else NEEDS)
-    monkeypatch.setattr(abilities, "asked", lambda extra=None: NEEDS)
     monkeypatch.setattr(abilities.metadata, "requires", lambda name: ["torchvision", "xformers", "triton", "peft"])
     monkeypatch.setattr(machine, "has_driver", lambda: False)
 
