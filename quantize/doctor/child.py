@@ -15,7 +15,15 @@ from typing import Any
 
 _MARK = "@found "
 TIMEOUT_S = 120
-IMPORTS = ("transformers.modeling_utils", "peft", "trl", "unsloth", "triton", "bitsandbytes", "mslk.gemm")
+IMPORTS = (
+    "transformers.modeling_utils",
+    "peft",
+    "trl.trainer.sft_trainer",
+    "unsloth",
+    "triton",
+    "bitsandbytes",
+    "mslk.gemm",
+)
 
 
 def ask(*question: str, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:

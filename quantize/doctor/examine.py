@@ -103,7 +103,7 @@ def _faults(sections: tuple[Section, ...], answers: Mapping[str, Any]) -> Iterat
         yield f"torch cannot be imported: {answers.get('failed', 'no message')}"
     elif "torchao" not in answers:
         yield f"torchao cannot be imported: {answers.get('failed', 'no message')}"
-    core = {"transformers.modeling_utils", "peft", "trl"}
+    core = {"transformers.modeling_utils", "peft", "trl.trainer.sft_trainer"}
     for section in sections:
         for finding in section.findings:
             if section.title == _IMPORTS and finding.name in core and finding.state == "broken":

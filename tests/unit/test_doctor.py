@@ -165,7 +165,7 @@ def test_what_breaks_unsloth_is_seen_without_importing_it(imagined: Examine, mon
 def test_imports_are_tried_where_asked_for(imagined: Examine) -> None:
     failed = {"failed": "NotImplementedError: no GPU", "seconds": 12.0}
     found = imagined(answers_of(None) | {"of unsloth": failed}, torchvision=None, imports=True)
-    assert found["Imports"]["trl"].state == "yes"
+    assert found["Imports"]["trl.trainer.sft_trainer"].state == "yes"
     assert found["Imports"]["unsloth"].text == "does not import (12.0 s): NotImplementedError: no GPU"
     assert found["Imports"]["unsloth"].command.endswith("--model.backend=peft") and not found[""]["verdict"].command
     core = imagined(answers_of(None) | {"of peft": failed}, torchvision=None, imports=True)

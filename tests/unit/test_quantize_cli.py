@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,15 @@ def test_a_verbs_help_says_what_it_does_with_an_example_that_parses(
     assert said.endswith(f"example: {EXAMPLES[verb]}")
     words = EXAMPLES[verb].partition(" > ")[0].split()
     assert _parser().parse_args(words[1:]).verb == verb
+
+
+def test_a_reader_that_stops_is_no_error() -> None:
+    command = [sys.executable, "-m", "quantize", "schemes"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
