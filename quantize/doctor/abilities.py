@@ -64,7 +64,12 @@ def describe_training(answers: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _fused(found: tuple[int, int]) -> Finding:
     if version_of("triton") is None:
-        return Finding("fused kernels", "no", "Triton is missing: QAT is several times slower", pip("triton"))
+        return Finding(
+            "fused kernels",
+            "no",
+            "Triton is missing: QAT computes by the definition, slowly",
+            pip("triton"),
+        )
     here = f"{found[0]}.{found[1]}"
     if found < FUSED:
         return Finding("fused kernels", "no", f"need compute capability 8.0 or newer, this GPU has {here}")

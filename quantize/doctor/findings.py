@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,8 +50,8 @@ class Section:
 
 def tilde(text: object) -> str:
     """The text with ~ for the user's own folder, as a shell takes it: what is shown may be posted."""
-    home = str(Path.home())
-    return str(text) if home == "/" else re.sub(rf"{re.escape(home)}(?=/|$)", "~", str(text))
+    home = os.path.expanduser("~")  # not Path.home, which fails for a user that this machine does not know
+    return str(text) if home in ("/", "~") else re.sub(rf"{re.escape(home)}(?=/|$)", "~", str(text))
 
 
 def look(name: str, probe: Callable[[], Iterable[Finding]]) -> list[Finding]:
@@ -74,8 +76,9 @@ def python() -> str:
         found = shutil.which(name)
         if found and Path(found).parent == here.parent:  # a script names python3.11, of which both are links
             return name
-    inside = here.is_relative_to(Path.cwd())
-    return tilde(shlex.quote(str(here.relative_to(Path.cwd()) if inside else here)))
+    with suppress(OSError, ValueError):  # elsewhere, or in a folder that is gone
+        return shlex.quote(str(here.relative_to(Path.cwd())))
+    return tilde(shlex.quote(str(here)))
 
 
 def pip(*requirements: str, options: str = "") -> str:

@@ -62,7 +62,10 @@ def find_gpus() -> list[Gpu]:
         return []
     found = []
     for line in done.stdout.splitlines() if done.returncode == 0 else ():
-        name, capability, memory, driver = (part.strip() for part in line.split(","))
+        parts = [part.strip() for part in line.split(",")]
+        if len(parts) != len(_QUERY):  # a message in place of a card
+            continue
+        name, capability, memory, driver = parts
         found.append(Gpu(name, capability, float(memory) / 1024 if memory.replace(".", "").isdigit() else 0.0, driver))
     return found
 

@@ -39,7 +39,7 @@ def version_of(name: str) -> str | None:
     """The installed version; None without."""
     try:
         return metadata.version(name)
-    except metadata.PackageNotFoundError:
+    except (metadata.PackageNotFoundError, KeyError, OSError):  # not there, or what describes it is damaged
         return None
 
 
@@ -58,7 +58,10 @@ def asked(extra: str | None = None) -> tuple[str, ...]:
         return tuple(line.partition(";")[0].strip() for line, mark in marks.items() if (mark and mark[1]) == extra)
     import tomllib
 
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    path = PROJECT / "pyproject.toml"
+    if not path.is_file():
+        return ()
+    project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
     return tuple(project["dependencies"] if extra is None else project["optional-dependencies"][extra])
 
 

@@ -208,6 +208,8 @@ def test_nvidia_smi_is_read_and_never_trusted(tmp_path: Path, monkeypatch: pytes
     assert (first.capability, round(first.memory_gib)) == ("9.0", 140) and second.memory_gib == 0.0
     program.write_text("#!/bin/sh\necho 'Failed to initialize NVML'; exit 9\n")
     assert machine.find_gpus() == []
+    program.write_text("#!/bin/sh\necho 'No devices were found'\n")
+    assert machine.find_gpus() == []
 
 
 def test_secrets_are_never_shown(imagined: Examine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -228,8 +230,10 @@ def test_secrets_are_never_shown(imagined: Examine, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_users_folder_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
+    monkeypatch.setenv("HOME", "/home/me")
     assert tilde("/home/me/.venv/bin/python and /home/meta") == "~/.venv/bin/python and /home/meta"
+    monkeypatch.setenv("HOME", "/")
+    assert tilde("/opt/venv") == "/opt/venv"
 
 
 def test_a_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
