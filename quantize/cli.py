@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
-from quantize.commands import VERBS
+from quantize.commands import EXAMPLES, VERBS
 from quantize.errors import UserError
 
 # A file where a folder should be, rights, a full or read-only disk: the user's, wherever a path of theirs meets them.
@@ -21,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parses, runs a verb, and returns the exit code: 0, 2 (the user's input), 1 (our failure), 130 (Ctrl-C)."""
     parser = _parser()
     options = parser.parse_args(argv)
+    if options.verb is None:
+        parser.print_help(sys.stderr)
+        return 2
     try:
         VERBS[options.verb].run(options)
     except UserError as error:
@@ -32,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command starts again", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Nobody reads on, as with `| head`; Python's own flush at exit must not fail a second time.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         if options.debug:
             traceback.print_exc()
@@ -46,11 +55,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Version(argparse.Action):
+    """Looks the version up only where it is asked for: a checkout that is not installed has none."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from quantize.hardware import installed
+
+        print(f"ongrid {installed(['ongrid']).get('ongrid', '(not installed)')}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="quantize", description="Formats and conversion of ongrid.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar=f"{{{','.join(VERBS)}}}")
+    parser = argparse.ArgumentParser(
+        prog="quantize",
+        description="Formats, conversion, measurement and release of ongrid; training is the command `train`.",
+        epilog="`quantize VERB --help` says more, with an example.",
+    )
+    parser.add_argument("--version", action=_Version, help="print the version, and end")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     for name, verb in VERBS.items():
-        sub = verbs.add_parser(name, help=verb.SUMMARY)
+        summary = verb.SUMMARY[0].upper() + verb.SUMMARY[1:]
+        sub = verbs.add_parser(
+            name,
+            help=verb.SUMMARY,
+            description=summary if summary.endswith("?") else f"{summary}.",
+            epilog=f"example: {EXAMPLES[name]}" if name in EXAMPLES else None,
+        )
         verb.add_arguments(sub)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

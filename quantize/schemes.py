@@ -232,10 +232,17 @@ _ALL = (
 SCHEMES: Mapping[str, Scheme] = MappingProxyType({scheme.name: scheme for scheme in _ALL})
 
 
+_ELSEWHERE = {"w4a16": "int4", "w8a16": "int8", "w4a8": "int8-int4", "w8a8": "int8-int8", "fp8-fp8": "fp8"}
+"""What others call a format -> its name here."""
+
+
 def find_scheme(name: str) -> Scheme:
     """The scheme of that name. Raises UserError with the nearest and all names."""
     if name in SCHEMES:
         return SCHEMES[name]
-    near = difflib.get_close_matches(name, SCHEMES, n=1, cutoff=0.4)
+    spelled = name.lower().replace("_", "-")
+    same = [known for known in SCHEMES if sorted(known.split("-")) == sorted(spelled.split("-"))]
+    near = [_ELSEWHERE[spelled]] if spelled in _ELSEWHERE else same
+    near = near or difflib.get_close_matches(spelled, SCHEMES, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UserError(f"unknown scheme {name!r}; {hint}choose from {', '.join(SCHEMES)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
-from quantize.commands import card, compare, convert, eval, export, push, schemes, sensitivity
+from quantize.commands import card, compare, convert, doctor, eval, export, push, schemes, sensitivity
 
 
 class Verb(Protocol):
@@ -23,7 +23,21 @@ class Verb(Protocol):
         """Does it. Raises UserError for what the user gave."""
 
 
+EXAMPLES = {
+    "doctor": "quantize doctor --json > doctor.json",
+    "schemes": "quantize schemes int8-int4 fp8",
+    "convert": "quantize convert RUN/merged --scheme int4 --target cpu --output small",
+    "eval": "quantize eval small --data RUN/data/eval.parquet",
+    "export": "quantize export RUN",
+    "compare": "quantize compare first second",
+    "sensitivity": "quantize sensitivity RUN",
+    "card": "quantize card small",
+    "push": "quantize push RUN --repo OWNER/NAME --dry-run",
+}
+"""One command a verb, for the end of its --help."""
+
 VERBS: dict[str, Verb] = {
+    "doctor": doctor,
     "schemes": schemes,
     "convert": convert,
     "eval": eval,

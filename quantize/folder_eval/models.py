@@ -173,11 +173,19 @@ def _stored(run: Path, gathered: Mapping[str, Any], notes: list[str], model: str
     return found
 
 
+def _held_out(asked: Asked) -> str:
+    """The held-out rows of the run whose weights a folder was converted from, as a hint."""
+    made_from = str(read_record(Path(asked.source).expanduser()).get("source") or "")
+    rows = Path(made_from).parent / "data" / "eval.parquet"
+    return f"; the run that it was made from has {rows}" if made_from and rows.is_file() else ""
+
+
 def _of_folder(asked: Asked) -> Plan:
     from quantize.sources import find_source
 
     if asked.data is None and (Path(asked.source).expanduser().is_dir() or asked.source.count("/") == 1):
-        raise UserError(f"--data: name held-out text to measure {asked.source} on, a .jsonl, .txt or .parquet file")
+        text = f"--data: name held-out text to measure {asked.source} on, a .jsonl, .txt or .parquet file"
+        raise UserError(f"{text}{_held_out(asked)}")
     folder = find_source(asked.source, asked.root, trust_remote_code=asked.trust_remote_code)
     assert asked.data is not None, "find_source raises for what is neither a folder nor a hub id"
     settings = check_model(folder, trust_remote_code=asked.trust_remote_code)

@@ -28,16 +28,17 @@ def write_card(source: str, root: str, name: str | None = None, evaluation: Path
     Raises:
         UserError: there is nothing to release there.
     """
-    return _write(find_release(source, root, name, evaluation))
+    return write_release(find_release(source, root, name, evaluation))
 
 
 def write_run_card(run: Path, metrics: Mapping[str, Any], gathered: Mapping[str, Any]) -> None:
     """Writes the card of a run, with its report; none where what ships is not written, or was taken away."""
     if gathered["shipped"] and (run / "quantized" / "config.json").is_file():
-        _write(of_run(run, metrics, gathered))
+        write_release(of_run(run, metrics, gathered))
 
 
-def _write(release: Release) -> Path:
+def write_release(release: Release) -> Path:
+    """Writes a release's card beside its weights."""
     path = release.folder / FILE
     write_atomically(path, render_card(replace(release, base=ask_hub(release.base))))
     return path

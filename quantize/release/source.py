@@ -112,7 +112,7 @@ def find_release(source: str, root: str, name: str | None = None, evaluation: Pa
 
     Args:
         name: what code will load it by; None = its folder.
-        evaluation: of a folder, what `quantize eval` wrote; None = FOLDER-eval beside it, where that is there.
+        evaluation: of a folder, what `quantize eval` wrote; None = FOLDER-eval beside it or here, where that is there.
 
     Raises:
         UserError: neither of them, not finished, only simulated, or damaged.
@@ -236,17 +236,23 @@ def of_folder(folder: Path, name: str | None = None, evaluation: Path | None = N
 
 
 def _evaluation(folder: Path, asked: Path | None) -> dict[str, Any]:
-    """eval.json of this very folder; empty where none is asked for and none lies beside it."""
-    path = (asked or folder.resolve().with_name(f"{folder.resolve().name}-eval")) / "eval.json"
-    if asked is None and not path.is_file():
-        return {}
-    found = read_mapping(path)
-    measured = str(((found.get("models") or {}).get("model") or {}).get("folder") or "")
-    if Path(measured).resolve() == folder.resolve() or (asked is not None and Path(measured).name == folder.name):
-        return found
-    if asked is None:
-        return {}
-    raise UserError(f"--evaluation {asked}: it measured {measured or 'something else'}, not {folder}")
+    """eval.json of this very folder; empty where none is asked for and none lies in the usual places."""
+    for path in [asked / "eval.json"] if asked else [place / "eval.json" for place in evaluation_places(folder)]:
+        if asked is None and not path.is_file():
+            continue
+        found = read_mapping(path)
+        measured = str(((found.get("models") or {}).get("model") or {}).get("folder") or "")
+        if Path(measured).resolve() == folder.resolve() or (asked is not None and Path(measured).name == folder.name):
+            return found
+        if asked is not None:
+            raise UserError(f"--evaluation {asked}: it measured {measured or 'something else'}, not {folder}")
+    return {}
+
+
+def evaluation_places(folder: Path) -> list[Path]:
+    """Where an evaluation of a folder is looked for: beside it, and where `quantize eval` writes it, in this folder."""
+    name = f"{folder.resolve().name}-eval"
+    return list(dict.fromkeys([folder.resolve().with_name(name), Path.cwd() / name]))
 
 
 def _loadable(folder: Path) -> str:

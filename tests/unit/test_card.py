@@ -179,7 +179,10 @@ def found_by_eval(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_a_conversion_that_was_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_conversion_that_was_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
     folder = make_folder(tmp_path / "converted", CONVERTED)
     beside = tmp_path / "converted-eval"
     beside.mkdir()
@@ -191,6 +194,13 @@ def test_a_conversion_that_was_evaluated(tmp_path: Path, capsys: pytest.CaptureF
     assert "/home" not in card and str(tmp_path) not in card
     moved = beside.rename(tmp_path / "elsewhere")
     assert "Not evaluated" in card_of(folder)
+    assert main(["card", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert f"there is none at {beside} and {Path.cwd() / 'converted-eval'}; for one: quantize eval {folder}" in said
+    monkeypatch.chdir(tmp_path / "here")  # where `quantize eval` writes by itself
+    moved = moved.rename(tmp_path / "here" / "converted-eval")
+    assert main(["card", str(folder)]) == 0 and "evaluation" not in capsys.readouterr().out
+    assert "Good enough" in (folder / "README.md").read_text()
     assert main(["card", str(folder), "--evaluation", str(moved)]) == 0
     assert "Good enough" in (folder / "README.md").read_text()
     other = make_folder(tmp_path / "other", CONVERTED)

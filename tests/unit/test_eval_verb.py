@@ -253,6 +253,18 @@ def test_samples_that_chose_the_numbers_are_left_out(here: list[str], place: Pat
     assert any("The first 32 samples are left out" in note for note in found["notes"])
 
 
+def test_the_rows_of_the_run_that_a_folder_was_made_from_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, folder = tmp_path / "run" / "data" / "eval.parquet", tmp_path / "small"
+    for path in (rows, folder / "config.json"):
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    (folder / "ongrid.json").write_text(json.dumps({"source": str(tmp_path / "run" / "merged")}))
+    assert main(["eval", str(folder)]) == 2
+    assert capsys.readouterr().err.endswith(f"; the run that it was made from has {rows}\n")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from quantize.cli import main
+from quantize.cli import _parser, main
+from quantize.commands import EXAMPLES, VERBS
 from quantize.errors import UserError
 from quantize.files import make_folder, writing_to
+from quantize.schemes import find_scheme
 
 
 @pytest.mark.parametrize("verb", ["convert", "sensitivity", "compare"])
@@ -72,3 +76,46 @@ def test_rights_and_full_disks_anywhere_are_the_users(
     assert main(["schemes"]) == code
     said = capsys.readouterr().err
     assert said == f"error: runs/a/report.md: {error.strerror}\n" if error.filename else "something of ours" in said
+
+
+def test_without_a_verb_the_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    said = capsys.readouterr().err
+    assert all(f"\n    {name}" in said for name in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verbs_help_says_what_it_does_with_an_example_that_parses(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert " ".join(VERBS[verb].SUMMARY.split())[1:] in said
+    assert said.endswith(f"example: {EXAMPLES[verb]}")
+    words = EXAMPLES[verb].partition(" > ")[0].split()
+    assert _parser().parse_args(words[1:]).verb == verb
+
+
+def test_a_reader_that_stops_is_no_error() -> None:
+    command = [sys.executable, "-m", "quantize", "schemes"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out.startswith("ongrid ")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("int4-int8", "int8-int4"), ("INT8_INT4", "int8-int4"), ("w4a16", "int4"), ("fp8-fp8", "fp8"), ("int44", "int4")],
+)
+def test_a_schemes_other_names_are_understood(typed: str, meant: str) -> None:
+    with pytest.raises(UserError, match=f"did you mean {meant}\\?"):
+        find_scheme(typed)
