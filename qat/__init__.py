@@ -8,6 +8,7 @@ from quantize.lazy import entrance
 
 if TYPE_CHECKING:
     from qat.callback import QatCallback
+    from qat.head import call_lm_head
     from qat.prepare import Prepared, prepare_qat, remove_qat
     from qat.shipping import Comparison, Shipped, compare_shipped, ship
 
@@ -16,6 +17,7 @@ __all__ = [
     "Prepared",
     "QatCallback",
     "Shipped",
+    "call_lm_head",
     "compare_shipped",
     "prepare_qat",
     "remove_qat",
@@ -29,6 +31,7 @@ __getattr__, __dir__ = entrance(
         "Prepared": "qat.prepare",
         "QatCallback": "qat.callback",
         "Shipped": "qat.shipping",
+        "call_lm_head": "qat.head",
         "compare_shipped": "qat.shipping",
         "prepare_qat": "qat.prepare",
         "remove_qat": "qat.prepare",
