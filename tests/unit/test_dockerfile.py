@@ -6,6 +6,7 @@ import re
 import subprocess
 
 import dockerfile
+import dockerfile_steps
 import pytest
 
 STAGES = dockerfile.parse((dockerfile.ROOT / "Dockerfile").read_text(encoding="utf-8"))
@@ -77,7 +78,7 @@ def test_the_build_context_holds_the_source_and_nothing_else(path: str, goes: bo
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_script_of_a_target_is_bash_and_copies_what_its_stages_copy(target: str) -> None:
-    text = dockerfile.script(STAGES, target)
+    text = dockerfile_steps.script(STAGES, target)
     checked = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
     other = next(name for name in TARGETS if name != target)
@@ -124,11 +125,11 @@ def test_the_parser_reads_continued_lines_mounts_heredocs_and_flags() -> None:
 
 
 def test_the_script_keeps_user_folder_environment_and_arguments() -> None:
-    text = dockerfile.script(dockerfile.parse(EVERYTHING), "above")
+    text = dockerfile_steps.script(dockerfile.parse(EVERYTHING), "above")
     assert subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True).stderr == ""
     touch = next(line for line in text.splitlines() if "touch here" in line and line.startswith("chroot"))
     assert "--userspec=7:7" in touch and "cd /home/mine" in touch
-    assert f"PATH=/opt/bin:{dockerfile.DEFAULT_PATH}" in touch and "'GREETING=good day'" in touch
+    assert f"PATH=/opt/bin:{dockerfile_steps.DEFAULT_PATH}" in touch and "'GREETING=good day'" in touch
     assert "FLAVOUR" not in touch, "an argument ends with its stage"
     assert 'FLAVOUR="${FLAVOUR-plain}"' in next(
         line for line in text.splitlines() if "make -C" in line and "env" in line
@@ -148,4 +149,4 @@ def test_the_script_keeps_user_folder_environment_and_arguments() -> None:
 )
 def test_what_the_script_cannot_do_is_refused(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        dockerfile.script(dockerfile.parse(text), "a")
+        dockerfile_steps.script(dockerfile.parse(text), "a")
