@@ -36,6 +36,8 @@ OTHERS = {
     "python3.12": "pip, which takes packages from an index",
     "pre-commit": "writes into .git",
     "S": "a variable of the shell",
+    "PIP_EXTRA_INDEX_URL": "a variable of the shell",
+    **dict.fromkeys(("bash", "chroot", "debootstrap", "export", "mkdir"), "makes an image in chroot, as root"),
 }
 """Programs of which no test looks at the options -> the reason."""
 
