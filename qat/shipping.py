@@ -150,9 +150,15 @@ def _refuse(prepared: Prepared) -> None:
         from qat.callback import refusal
 
         raise UserError(refusal(silent))
+    scheme, target = prepared.format.scheme.name, prepared.format.target.name
+    needed, given = prepared.format.target.dtype, str(prepared.format.dtype).removeprefix("torch.")
+    if needed is not None and given != needed:
+        raise UserError(
+            f"{scheme} for {target} computes in {needed}, and was prepared for {given}: give prepare_qat "
+            f"dtype=torch.{needed}, or load the model in it"
+        )
     missing = missing_for(prepared.format.target)
     if missing:
-        scheme, target = prepared.format.scheme.name, prepared.format.target.name
         raise UserError(
             f"{scheme} for {target}: this machine lacks {'; '.join(missing)}; give prepare_qat another target, or ship "
             "where it is"

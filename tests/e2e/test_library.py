@@ -210,8 +210,12 @@ def test_what_cannot_ship_is_refused(tmp_path: Path) -> None:
         prepare_qat(in_4_bit, "int8-int4")
     with pytest.raises(UserError, match="no grid was trained"):
         ship(prepare_qat(_model(), "int8-int4", placement="outside"), tmp_path / "outside")
-    with pytest.raises(UserError, match=r"int4 for cuda-sm80: this machine lacks .*another target"):
+    with pytest.raises(UserError, match=r"int4 for cuda-sm80 computes in bfloat16, and was prepared for float32: give"):
         ship(prepare_qat(_model(), "int4", group_size=32), tmp_path / "elsewhere")
+    if not torch.cuda.is_available():
+        prepared = prepare_qat(_model(), "int4", group_size=32, dtype=torch.bfloat16)
+        with pytest.raises(UserError, match=r"int4 for cuda-sm80: this machine lacks .*another target"):
+            ship(prepared, tmp_path / "elsewhere")
     model = _model()
     prepared = prepare_qat(model, "int8-int4")
     with pytest.raises(UserError, match="has 1 tokens; a comparison needs two"):
