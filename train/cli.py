@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import logging
 import os
@@ -151,7 +152,19 @@ def _misplaced(line: CommandLine) -> Iterator[str]:
     if line.trials and not (line.trials.isdecimal() and int(line.trials) > 0):
         yield f"--trials={line.trials}: expected a whole number >= 1"
     if not (line.config or line.resume or line.sweep or line.errors):
-        yield "say what to train: --config FILE (as --config quickstart.yaml), --resume RUN or --sweep FILE; see --help"
+        yield _what_to_train(line.overrides)
+
+
+def _what_to_train(words: Sequence[str]) -> str:
+    """Where nothing says what to train; what was typed in its place is named."""
+    text = "say what to train: --config FILE (as --config quickstart.yaml), --resume RUN or --sweep FILE; see --help"
+    for word in words:
+        near = difflib.get_close_matches(word.partition("=")[0], _VALUES, n=1)
+        if near:
+            return f"{word}: did you mean {near[0]}? {text}"
+        if not word.startswith("-") and word.endswith((".yaml", ".yml")):
+            return f"{word}: did you mean --config {word}? {text}"
+    return text
 
 
 def _sweep(line: CommandLine, argv: list[str]) -> int:

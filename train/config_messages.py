@@ -13,6 +13,14 @@ from pydantic.fields import FieldInfo
 from train.config import RunConfig
 from train.config_values import annotation_at, keys_of, kinds_of, section_of
 
+_ELSEWHERE = {
+    "alpha": "lora.lora_alpha", "batch_size": "train.per_device_train_batch_size", "data.dataset": "data.train",
+    "data.name": "data.train", "data.path": "data.train", "dataset": "data.train", "epochs": "train.num_train_epochs",
+    "lr": "train.learning_rate", "model.model": "model.id", "model.name": "model.id", "model.path": "model.id",
+    "model_name": "model.id", "name": "run.name", "output": "run.root", "rank": "lora.r", "steps": "train.max_steps",
+    "train.epochs": "train.num_train_epochs", "train.lr": "train.learning_rate", "train.steps": "train.max_steps",
+}  # fmt: skip
+"""What other tools call a key -> its name here."""
 _COMPARISONS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 
 
@@ -66,6 +74,8 @@ def describe_error(path: tuple[str, ...], kind: str, values: Any, origins: Origi
 
 def did_you_mean(name: str) -> str | None:
     """The known key that `name` is most likely meant to be."""
+    if name in _ELSEWHERE:
+        return _ELSEWHERE[name]
     keys = list(keys_of(RunConfig))
     leaf = name.rpartition(".")[2]
     same_leaf = [key for key in keys if key.rpartition(".")[2] == leaf]

@@ -13,7 +13,7 @@ from quantize.jobs import Job, task_rows_path
 from quantize.runs import GATHERED_VERSION
 from quantize.task_rows import own_rows_path
 from quantize.worker import run_timings
-from train.method_settings import method_settings
+from train.method_settings import reward_sources
 from train.stage_log import Tuned, fingerprint_of
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Evaluations:
         self.stages, self.config = stages, stages.config
         self.format, self.jobs, self.log = stages.format, stages.jobs, stages.log
         self.task_key = ""
-        self.method_key = [self.jobs.method, method_settings(self.config)]
+        self.method_key = [self.jobs.method, reward_sources(self.config)]
         self.computed_by = [describe_here(stages.plain_dtype), GATHERED_VERSION]
 
     def tasks(self, model: LocalModel) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def missing_inputs(config: RunConfig, bad: Collection[str] = ()) -> list[str]:
         ({"model", "quantize", "qat"}, lambda: _check_groups(config)),
         ({"eval"}, lambda: check_tasks(config.eval)),
         ({"quantize"}, lambda: check_calibration(config.quantize.calibration)),
-        ({"grpo"}, lambda: _check_rewards(config)),
+        (set(), lambda: _check_rewards(config)),
     )
     lines: list[str] = []
     for needed, check in checks:

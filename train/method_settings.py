@@ -17,7 +17,12 @@ def method_settings(config: RunConfig) -> list[Any]:
         return []
     if config.train.method == "dpo":
         return [config.dpo.model_dump()]
-    return [config.grpo.model_dump(exclude={"eval_samples"}), [source_key(name) for name in config.grpo.rewards]]
+    return [config.grpo.model_dump(exclude={"eval_samples"}), reward_sources(config)]
+
+
+def reward_sources(config: RunConfig) -> list[str]:
+    """What changes with the code of a reward of one's own."""
+    return [source_key(name) for name in config.grpo.rewards] if config.train.method == "grpo" else []
 
 
 def measured_by_method(config: RunConfig) -> dict[str, Any] | None:

@@ -362,3 +362,19 @@ class TestEstimate:
             estimate(load_config("tiny.yaml", ["--qat=int8-int4", "--eval.control=False"])).disk["merged"] * 2
             == plan.disk["merged"]
         )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sft_qwen3.yaml"], "did you mean --config sft_qwen3.yaml?"),
+        (["--confg", "sft_qwen3.yaml"], "--confg: did you mean --config?"),
+        (["--config", "tiny.yaml", "--lr=1e-4"], "did you mean --train.learning_rate?"),
+        (["--config", "tiny.yaml", "--epochs=1"], "did you mean --train.num_train_epochs?"),
+    ],
+)
+def test_what_other_tools_call_it_is_answered_with_our_name(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
