@@ -123,9 +123,11 @@ class Stages:
 
         with uncollected():
             backend = pick_backend(self.config.model.backend)
+            import datasets
             import transformers
 
         transformers.utils.logging.disable_progress_bar()  # one bar at a time: the console's
+        datasets.disable_progress_bars()
         return backend
 
     def model(self) -> LocalModel:

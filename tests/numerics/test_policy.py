@@ -134,3 +134,32 @@ def test_an_adapter_on_experts_has_a_reference_too(tmp_path: Path) -> None:
     ids = torch.tensor([[3, 9, 27, 81, 4]])
     with torch.no_grad(), learner.model.disable_adapter():
         torch.testing.assert_close(learner.model(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, with answers that are sampled too: the checkpoint holds the state of the random numbers."""
+    import fitting
+
+    import train.models
+
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    monkeypatch.setattr(fitting, "rows", pairs if method == "dpo" else prompts)
+    monkeypatch.setattr(train.models, "byte_tokenizer", lambda: tokenizer)
+    (tmp_path / "own_rewards.py").write_text(
+        "def even(completions, **columns):\n    return [float(len(c[0]['content']) % 2 == 0) for c in completions]\n"
+    )
+    config = config_of(method, max_steps=6)
+    grpo = config.grpo.model_copy(update={"rewards": [f"{tmp_path}/own_rewards.py:even"]})
+    start = config.fake_quant.model_copy(update={"start": 0.5})
+    config = config.model_copy(update={"grpo": grpo, "fake_quant": start})
+    whole = fitted(config, tmp_path / "whole")
+    first = fitted(config, tmp_path / "broken", stop_after=2)
+    assert not first.finished
+    second = fitted(config, tmp_path / "broken")
+    assert second.finished and whole.losses == [*first.losses, *second.losses]
+    for name, weight in whole.adapter.items():
+        assert torch.equal(weight, second.adapter[name]), name
