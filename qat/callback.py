@@ -6,9 +6,13 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from qat.head import calls_lm_head
 from qat.prepare import Prepared
 from qat.schedule import first_step
 from quantize.errors import UserError
+
+_MULTIPLY = ("DPOConfig", "GRPOConfig")
+"""Of TRL's trainers that multiply by lm_head's weight in the loss, though GRPO's answers call it."""
 
 
 class QatCallback(TrainerCallback):
@@ -30,13 +34,16 @@ class QatCallback(TrainerCallback):
         """Decides what is kept between two steps.
 
         Raises:
-            UserError: `start` lies behind the last step, or the ranges are learned, which needs an optimiser of theirs.
+            UserError: `start` lies behind the last step; the ranges are learned, which needs an optimiser of theirs; or
+                lm_head is quantised, and the trainer goes past it.
         """
         if first_step(self.start, state.max_steps) >= state.max_steps:
             raise UserError(
                 f"QatCallback(start={self.start}): the training ends after {state.max_steps} steps, so that fake "
                 "quantisation would never be on; give a share, such as 0.5"
             )
+        if args.__class__.__name__.endswith(_MULTIPLY) and self._heads() and not calls_lm_head(self.prepared.model):
+            raise UserError(refusal(self._heads()))
         if any(factor.requires_grad for factor in self.prepared.factors.values()):
             raise UserError(
                 "prepare_qat(learned_scales=True): a trainer's optimiser does not know the ranges' factors, which "
@@ -44,6 +51,9 @@ class QatCallback(TrainerCallback):
             )
         # Rewards need many forwards between two steps: one a generated token.
         self.prepared.cache.reuse = args.gradient_accumulation_steps > 1 or hasattr(args, "num_generations")
+
+    def _heads(self) -> list[str]:
+        return [name for name in self.prepared.layers if name.rsplit(".", 1)[-1] == "lm_head"]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Switches fake quantisation on when its step has come."""
@@ -75,7 +85,8 @@ def refusal(silent: list[str]) -> str:
     head = any(name.rsplit(".", 1)[-1] == "lm_head" for name in silent)
     what = (
         "TRL's trainers read lm_head's weight without calling it: choose a scheme that keeps it in 16 bit, such as "
-        "int8-int4, or give prepare_qat skip=['lm_head']"
+        "int8-int4, give prepare_qat skip=['lm_head'], or, for DPO and GRPO, use qat.call_lm_head(model) once the "
+        "trainer is made"
         if head
         else "something computes them without calling them, such as a fused kernel: switch that off"
     )

@@ -53,4 +53,11 @@ def call_lm_head(model: Any, temperature: float = 1.0) -> None:
             aux_loss=getattr(output, "aux_loss", None),
         )
 
+    called.calls_lm_head = True  # type: ignore[attr-defined]
     base.forward = called
+
+
+def calls_lm_head(model: Any) -> bool:
+    """Whether `call_lm_head` was applied."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return hasattr(base.forward, "calls_lm_head")

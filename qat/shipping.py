@@ -6,6 +6,7 @@ The command `train` does the same step by step, each in the run directory; here 
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,13 +59,21 @@ class Comparison:
 
 
 @torch.no_grad()
-def ship(prepared: Prepared, folder: Path | str, tokenizer: Any = None, *, merged: Path | str | None = None) -> Shipped:
+def ship(
+    prepared: Prepared,
+    folder: Path | str,
+    tokenizer: Any = None,
+    *,
+    merged: Path | str | None = None,
+    trained_elsewhere: bool = False,
+) -> Shipped:
     """Writes the quantised checkpoint of a trained model: the very integers and scales that were trained.
 
     Args:
         prepared: what `prepare_qat` gave; its model is read, not changed, and goes on training as before.
         folder: replaced as a whole when everything is on disk.
         tokenizer: saved beside the weights.
+        trained_elsewhere: the weights were loaded after training, so that no layer need have run here.
         merged: keep W + s B A in 16 bit there too, which is written on the way: as a reference, and for other formats.
 
     Raises:
@@ -72,7 +81,7 @@ def ship(prepared: Prepared, folder: Path | str, tokenizer: Any = None, *, merge
             this machine lacks what the format's layout needs, or the disk is full.
     """
     chosen, model = prepared.format, prepared.model
-    _refuse(prepared)
+    _refuse(prepared, trained_elsewhere)
     device = str(next(model.parameters()).device)
     with tempfile.TemporaryDirectory(prefix="ship-", dir=_beside(Path(folder))) as room:
         grid, plain = Path(room) / "grid", Path(room) / "merged"
@@ -110,6 +119,8 @@ def compare_shipped(
     Raises:
         UserError: a text is shorter.
     """
+    if not texts:
+        raise UserError("a comparison needs a text")
     samples = [_sample(text, tokenizer) for text in texts]
     model = prepared.model
     device = str(next(model.parameters()).device)
@@ -126,7 +137,8 @@ def compare_shipped(
                     each(input_ids=ids, attention_mask=attention, use_cache=False).logits.float()
                     for each in (model, shipped)
                 ]
-                worst = max(worst, float((pair[0] - pair[1])[attention.bool()].abs().max()))
+                apart = float((pair[0] - pair[1])[attention.bool()].abs().max())
+                worst = apart if math.isnan(apart) else max(apart, worst)  # once NaN, always: max keeps its first
                 for place, logits in enumerate(pair):
                     found = torch.log_softmax(logits[:, :-1][wanted], -1)
                     losses[place] -= float(found.gather(-1, ids[:, 1:][wanted].unsqueeze(-1)).double().sum())
@@ -136,7 +148,7 @@ def compare_shipped(
     return Comparison(worst, losses[0] / tokens, losses[1] / tokens)
 
 
-def _refuse(prepared: Prepared) -> None:
+def _refuse(prepared: Prepared, trained_elsewhere: bool) -> None:
     if prepared.placement != "inside":
         raise UserError(
             "the adapter was trained outside the fake quantiser, so that no grid was trained: nothing to ship"
@@ -145,11 +157,6 @@ def _refuse(prepared: Prepared) -> None:
         raise UserError(
             "the adapter that was prepared is not in use; make it active first: model.set_adapter('default')"
         )
-    silent = prepared.silent()
-    if silent and len(silent) < len(prepared.layers):  # none at all ran: weights that were trained elsewhere
-        from qat.callback import refusal
-
-        raise UserError(refusal(silent))
     scheme, target = prepared.format.scheme.name, prepared.format.target.name
     needed, given = prepared.format.target.dtype, str(prepared.format.dtype).removeprefix("torch.")
     if needed is not None and given != needed:
@@ -162,6 +169,16 @@ def _refuse(prepared: Prepared) -> None:
         raise UserError(
             f"{scheme} for {target}: this machine lacks {'; '.join(missing)}; give prepare_qat another target, or ship "
             "where it is"
+        )
+    silent = prepared.silent()
+    if silent and len(silent) < len(prepared.layers):
+        from qat.callback import refusal
+
+        raise UserError(refusal(silent))
+    if silent and not trained_elsewhere:
+        raise UserError(
+            "no fake-quantised layer has run: the training went past all of them, and another function would ship; "
+            "where the weights were trained elsewhere and loaded here, say ship(..., trained_elsewhere=True)"
         )
 
 

@@ -12,11 +12,10 @@ from typing import Any
 
 from quantize.errors import UserError
 from quantize.files import write_atomically
-from quantize.jobs import ONLY_TRAINED_ON, Job, Jobs, task_rows_path
+from quantize.jobs import MAY_OVERFLOW, ONLY_TRAINED_ON, Job, Jobs, rows_paths, task_rows_path
 from quantize.run_report import write_report
 from quantize.runs import is_outside, read_gathered
 from quantize.schemes import Target
-from quantize.task_rows import own_rows_path
 
 
 def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dict[str, Any]:
@@ -38,6 +37,7 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
     jobs = _jobs(folder, gathered, chosen, picked.dtype or gathered["dtype"])
     _check_files(folder, gathered, jobs)
     _check_tasks(jobs, gathered["task_key"])
+    _check_rewards(jobs)
     merged, control = folder / "merged", folder / "control" / "merged" if gathered["control"] else None
     reference, here = control or merged, describe_here(jobs.plain_dtype)
     before = gathered.get("finished", gathered["trained_on"])
@@ -78,19 +78,24 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
 
 
 def _is_measured(folder: Path, job: Job, jobs: Jobs) -> bool:
-    rows = task_rows_path(folder, job["name"])
-    own = own_rows_path(Path(job["scores"]))
-    measured = Path(job["scores"]).is_file() and (jobs.tasks is None or rows.is_file())
-    return measured and (jobs.method is None or own.is_file())
+    scores = Path(job["scores"])
+    if not scores.is_file():
+        return False
+    paths = rows_paths(folder, job["name"], tasks=jobs.tasks is not None, own=jobs.method is not None)
+    return all(path.is_file() for path in paths)
 
 
 def _check_files(folder: Path, gathered: Mapping[str, Any], jobs: Jobs) -> None:
     """A run may have been copied here in part: what finishing it reads must be there before the first step."""
+    from quantize.evaluate import Scores
+
     needed = [folder / "merged" / "config.json", jobs.samples, *([Path(jobs.grid)] if jobs.grid else [])]
     needed += [folder / "control" / "merged" / "config.json"] if gathered["control"] else []
     for arm in ONLY_TRAINED_ON:
-        needed += [jobs.scores(arm), *([task_rows_path(folder, arm)] if jobs.tasks else [])]
-        needed += [] if jobs.method is None else [own_rows_path(jobs.scores(arm))]
+        scores = jobs.scores(arm)
+        needed.append(scores)
+        if not (arm in MAY_OVERFLOW and scores.is_file() and Scores.load(scores).broken):  # else it has no rows
+            needed += rows_paths(folder, arm, tasks=bool(jobs.tasks), own=jobs.method is not None)
     gone = [str(path.relative_to(folder)) for path in needed if not path.exists()]
     if gone:
         raise UserError(f"{folder} lacks {', '.join(gone)}; copy the whole run directory")
@@ -107,6 +112,22 @@ def _check_tasks(jobs: Jobs, key: str) -> None:
         raise UserError(
             f"{jobs.run}: the tasks {', '.join(jobs.tasks['names'])} are others here than where the run was made "
             "(their files, their data or lm-eval's version), so what ships could not be compared: bring the same ones"
+        )
+
+
+def _check_rewards(jobs: Jobs) -> None:
+    """Rewards of one's own must be here, and the ones that rated the other arms."""
+    asked = jobs.method or {}
+    if not asked:
+        return
+    from quantize.rewards import load_rewards, source_key
+
+    load_rewards(asked["rewards"])
+    others = [name for name, key in zip(asked["rewards"], asked["sources"], strict=True) if source_key(name) != key]
+    if others:
+        raise UserError(
+            f"{jobs.run}: the rewards {', '.join(others)} are others here than where the run was made, so what ships "
+            "could not be compared: bring the same files"
         )
 
 

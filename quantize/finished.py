@@ -152,8 +152,8 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
 def _read_scores(folder: Path, arm: str, metrics: Mapping[str, Any]) -> tuple[Scores, dict[str, list[str]], list[Row]]:
     """Held-out scores with their texts, and results on tasks, as those of metrics.json."""
     from quantize.evaluate import Scores, read_texts
-    from quantize.jobs import arm_rows
-    from quantize.task_rows import OWN
+    from quantize.jobs import rows_paths
+    from quantize.task_rows import OWN, load_rows
 
     path, rows = folder / "eval" / f"{arm}.parquet", list[Any]()
     try:
@@ -161,7 +161,8 @@ def _read_scores(folder: Path, arm: str, metrics: Mapping[str, Any]) -> tuple[Sc
         _check_scores(scores, metrics["n_samples"])
         if metrics["tasks"]:
             own = not OWN.keys().isdisjoint(metrics["tasks"])
-            rows = arm_rows(folder, arm, tasks=not metrics["tasks"].keys() <= OWN.keys(), own=own)
+            for path in rows_paths(folder, arm, tasks=not metrics["tasks"].keys() <= OWN.keys(), own=own):
+                rows += load_rows(path)
             _check_rows(rows, metrics["tasks"], arm)
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantize.algorithms import ALGORITHMS
 from quantize.schemes import find_scheme
-
-if TYPE_CHECKING:
-    from quantize.task_rows import Row
 
 Job = dict[str, Any]
 
@@ -47,7 +44,8 @@ class Jobs:
         chat_template: for the tokenizer; None = its own.
         cost_batches: sequences at a time for which decoding is timed.
         method: what is measured besides the loss where the run learned from it: {} = which answer of each held-out pair
-            is preferred; {rewards, weights, samples, max_new_tokens} = the reward of answers; None = nothing.
+            is preferred; {rewards, weights, samples, max_new_tokens, sources (`source_key` of each)} = the reward of
+            answers; None = nothing.
         simulated: what ships cannot run on this machine.
     """
 
@@ -119,13 +117,12 @@ class Jobs:
             "may_overflow": arm in MAY_OVERFLOW,
             "overflow_advice": _OVERFLOW_ADVICE.get(arm, ""),
             "chat_template": self.chat_template,
-            "method": self._method(arm),
+            "method": self.method if self.rates(arm) else None,
         }
 
-    def _method(self, arm: str) -> Mapping[str, Any] | None:
-        """Not of `fake`, which stands in for final only where that cannot run."""
-        stands_in = self.format is not None and self.simulated
-        return None if arm == "fake" and not stands_in else self.method
+    def rates(self, arm: str) -> bool:
+        """Whether `method` is measured of an arm; of `fake` only where it stands in for final."""
+        return self.method is not None and (arm != "fake" or self.simulated)
 
     def simulate(
         self, arm: str, model: Path, *, trained: bool = False, reference: Path | None = None, folder: Path | None = None
@@ -180,12 +177,12 @@ class Jobs:
         return {"tasks": self.tasks, "chat_template": self.chat_template}
 
 
-def arm_rows(run: Path, arm: str, *, tasks: bool, own: bool) -> list[Row]:
-    """An arm's results on tasks (by lm-eval), and on what the run learned from (`quantize.task_rows.OWN`)."""
-    from quantize.task_rows import load_rows, own_rows_path
+def rows_paths(run: Path, arm: str, *, tasks: bool, own: bool) -> list[Path]:
+    """Where an arm's results lie: on tasks (by lm-eval), and on what it learned from (`quantize.task_rows.OWN`)."""
+    from quantize.task_rows import own_rows_path
 
-    rows = load_rows(task_rows_path(run, arm)) if tasks else []
-    return [*rows, *(load_rows(own_rows_path(run / "eval" / f"{arm}.parquet")) if own else [])]
+    paths = [task_rows_path(run, arm)] if tasks else []
+    return [*paths, *([own_rows_path(run / "eval" / f"{arm}.parquet")] if own else [])]
 
 
 def task_rows_path(run: Path, arm: str) -> Path:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from quantize.evaluate import Scores
 
 
+_GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+"""What a model's own generation_config would fill in otherwise."""
+
+
 def preference_rows(model: Any, data: Path, scores: Scores, *, batch_size: int, decode: Any) -> list[Row]:
     """1 for each held-out pair whose better answer is the more likely one, else 0.
 
@@ -63,7 +67,7 @@ def reward_rows(model: Any, tokenizer: Any, data: Path, asked: Mapping[str, Any]
 
     Args:
         data: parquet with the columns prompt (JSON, chat messages), answer and columns (JSON).
-        asked: rewards and weights (see `quantize.rewards.rate`), samples, max_new_tokens.
+        asked: rewards and weights (see `quantize.rewards.rate`), sources, samples, max_new_tokens.
         batch_size: prompts at once.
     """
     from quantize.rewards import rate
@@ -72,18 +76,22 @@ def reward_rows(model: Any, tokenizer: Any, data: Path, asked: Mapping[str, Any]
     count = min(asked["samples"], len(columns["answer"]))
     prompts = [json.loads(text) for text in columns["prompt"][:count]]
     texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
-    completions = greedy_answers(model, tokenizer, texts, max_new_tokens=asked["max_new_tokens"], batch_size=batch_size)
+    answered = greedy_answers(model, tokenizer, texts, max_new_tokens=asked["max_new_tokens"], batch_size=batch_size)
     answers = columns["answer"][:count]
     others = [json.loads(text) for text in columns["columns"][:count]]
     names = dict.fromkeys(name for row in others for name in row)
     known = {"answer": answers} | {name: [row.get(name) for row in others] for name in names}
-    values = rate(asked["rewards"], asked["weights"], prompts, completions, known)
+    ids, completions = [ids for ids, _ in answered], [text for _, text in answered]
+    values = rate(asked["rewards"], asked["weights"], prompts, completions, ids, known)
+    # Runs whose rewards differ have no pairs.
+    names_only = [name.rpartition("/")[2] for name in asked["rewards"]]
+    rated = json.dumps([names_only, asked["sources"], asked["weights"], asked["max_new_tokens"]])
     return [
         Row(
             name=REWARDS,
             task=REWARDS,
             doc_id=number,
-            doc_hash=_hash(texts[number], answers[number]),
+            doc_hash=_hash(texts[number], answers[number], rated),
             metric="reward",
             value=float(value),
             weight=1.0,
@@ -99,8 +107,11 @@ def reward_rows(model: Any, tokenizer: Any, data: Path, asked: Mapping[str, Any]
 @torch.inference_mode()
 def greedy_answers(
     model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int
-) -> list[str]:
-    """The model's most likely continuation of each prompt, token by token; prompts of like length together."""
+) -> list[tuple[list[int], str]]:
+    """The model's most likely continuation of each prompt, token by token: its ids, without padding, and its text.
+
+    Prompts of like length are answered together.
+    """
     from transformers import GenerationConfig
 
     own = model.generation_config
@@ -108,12 +119,12 @@ def greedy_answers(
     ends = [*dict.fromkeys([*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id])]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     settings = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, disable_compile=True
+        max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, disable_compile=True, **_GREEDY
     )
     device = next(model.parameters()).device
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda index: (len(ids[index]), index))
-    found = [""] * len(ids)
+    found: list[tuple[list[int], str]] = [([], "")] * len(ids)
     model.eval()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -124,7 +135,9 @@ def greedy_answers(
             input_ids=padded.to(device), attention_mask=attention.to(device), generation_config=settings
         )
         for row, index in enumerate(chosen):
-            found[index] = tokenizer.decode(output[row, longest:], skip_special_tokens=True)
+            said = output[row, longest:].tolist()
+            end = next((place + 1 for place, token in enumerate(said) if token in ends), len(said))
+            found[index] = said[:end], tokenizer.decode(said[:end], skip_special_tokens=True)
     return found
 
 

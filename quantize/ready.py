@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Generator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -37,12 +38,13 @@ class ReadyProcess:
     def close(self) -> None:
         """Ends it, and the process that it forked if that is still at work."""
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for stream in (self._process.stdin, self._process.stdout):
-                if stream is not None:
-                    stream.close()
-            self._process = None
+            process, self._process = self._process, None
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                with suppress(OSError):  # what was never read cannot be flushed
+                    if stream is not None:
+                        stream.close()
 
     def lines(
         self, command: Sequence[str], environment: dict[str, str], request: Path, log: Path
@@ -54,25 +56,28 @@ class ReadyProcess:
             environment: for it; that of the first request holds for all.
             log: takes what the child writes to stderr.
         """
+        if self._process is not None and self._process.poll() is not None:
+            self.close()  # it died while it had nothing to do
         if self._process is None:
             with log.open("w", encoding="utf-8") as errors:
                 self._process = subprocess.Popen(
                     [*command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
                 )
-        assert self._process.stdin is not None and self._process.stdout is not None
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
         ended = False
         try:
-            self._process.stdin.write(json.dumps({"request": str(request), "log": str(log)}) + "\n")
-            self._process.stdin.flush()
-            for line in self._process.stdout:
+            with suppress(BrokenPipeError):  # it is dead, and says nothing more
+                process.stdin.write(json.dumps({"request": str(request), "log": str(log)}) + "\n")
+                process.stdin.flush()
+            for line in process.stdout:
                 ended = line.startswith(ENDED)
                 yield line
                 if ended:
                     return
-            ended = True
-            yield f"{ENDED}{self._process.wait() or 1}"
+            yield f"{ENDED}{process.wait() or 1}"
         finally:
-            if not ended or self._process.poll() is not None:
+            if not ended:
                 self.close()  # whoever asked has stopped, or it has died: the next request starts another
 
 
@@ -80,17 +85,18 @@ def serve(requests: TextIO, work: Any) -> None:
     """The loop of this process: forks for each line of `requests`, until they end.
 
     Args:
-        work: called in the child with the request's path; returns its exit code.
+        work: called in the child with the request's path and a stream for its progress; returns its exit code.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent says what is to end
     for line in iter(requests.readline, ""):
         asked = json.loads(line)
-        child = os.fork()
+        parent, child = os.getpid(), os.fork()
         if child == 0:
-            _become_worker(Path(asked["log"]))
+            _become_worker(Path(asked["log"]), parent)
             code = 1
             try:
-                code = work(Path(asked["request"]))
+                with progress_stream() as told:
+                    code = work(Path(asked["request"]), told)
             except BaseException:
                 import traceback
 
@@ -101,9 +107,16 @@ def serve(requests: TextIO, work: Any) -> None:
         print(f"{ENDED}{_wait(child, requests.fileno())}", flush=True)
 
 
-def _become_worker(log: Path) -> None:
+def progress_stream() -> TextIO:
+    """What was stdout, for lines to the parent; what others print goes to stderr, where the log is."""
+    told = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return told
+
+
+def _become_worker(log: Path, parent: int) -> None:
     """In the child: its own log, no request to read, and an end with the process that forked it."""
-    _die_with_parent()
+    _die_with(parent)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for source, flags, target in ((os.devnull, os.O_RDONLY, 0), (str(log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 2)):
         opened = os.open(source, flags, 0o644)
@@ -111,18 +124,18 @@ def _become_worker(log: Path) -> None:
         os.close(opened)
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     """Asks the kernel for SIGKILL when the parent is gone, however it went."""
     import ctypes
 
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() == 1:
+    if os.getppid() != parent:
         os._exit(1)
 
 
 def _wait(child: int, requests: int) -> int:
-    """The child's exit code, as a shell gives it. Whoever asked may be gone before: then this process ends too."""
+    """The child's exit code, negative for a signal. Whoever asked may be gone before: then this process ends too."""
     ended, gone = os.pidfd_open(child), select.poll()
     gone.register(ended, select.POLLIN)
     gone.register(requests, select.POLLHUP)

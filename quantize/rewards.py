@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 Reward = Callable[..., Sequence[float | None]]
 Chat = Sequence[dict[str, str]]
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?")
 
 
 def exact_match(completions: Sequence[Chat], answer: Sequence[str], **kwargs: Any) -> list[float]:
@@ -35,7 +36,8 @@ def exact_match(completions: Sequence[Chat], answer: Sequence[str], **kwargs: An
 
 def contains_answer(completions: Sequence[Chat], answer: Sequence[str], **kwargs: Any) -> list[float]:
     """1 where the reference answer stands somewhere in the completion."""
-    return [float(wanted.strip() in _text(found)) for found, wanted in zip(completions, answer, strict=True)]
+    pairs = zip(completions, answer, strict=True)
+    return [float(bool(wanted.strip()) and wanted.strip() in _text(found)) for found, wanted in pairs]
 
 
 def same_number(completions: Sequence[Chat], answer: Sequence[str], **kwargs: Any) -> list[float]:
@@ -71,14 +73,19 @@ def load_rewards(names: Sequence[str]) -> list[Reward]:
 
 
 def source_key(name: str) -> str:
-    """What changes when a reward of one's own does: its file's content; empty for a packaged one."""
+    """What changes when a reward of one's own does: the content of the file that is named; empty for a packaged one.
+
+    What that file imports is not looked at.
+    """
     if name in PACKAGED:
         return ""
+    _import(name)
+    where = name.rpartition(":")[0]
+    file = Path(where).expanduser() if where.endswith(".py") else getattr(sys.modules[where], "__file__", None)
     try:
-        text = Path(inspect.getsourcefile(_import(name)) or "").read_bytes()
-    except (OSError, TypeError):
-        return ""
-    return hashlib.sha256(text).hexdigest()[:16]
+        return hashlib.sha256(Path(file or "").read_bytes()).hexdigest()[:16]
+    except OSError:
+        return ""  # a module without a file
 
 
 def rate(
@@ -86,9 +93,10 @@ def rate(
     weights: Sequence[float] | None,
     prompts: Sequence[Chat],
     completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]],
     columns: dict[str, list[Any]],
 ) -> list[float]:
-    """The weighted sum of the rewards of each completion, as TRL adds them; no opinion counts 0.
+    """The weighted sum of the rewards of each completion, as TRL adds them; no opinion (None, NaN) counts 0.
 
     Args:
         weights: of each reward; None = 1 each.
@@ -99,13 +107,30 @@ def rate(
     for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
         (reward,) = load_rewards([name])
         try:
-            given = list(reward(prompts=list(prompts), completions=chats, completion_ids=None, **columns))
+            given = list(
+                reward(
+                    prompts=list(prompts),
+                    completions=chats,
+                    completion_ids=[list(ids) for ids in completion_ids],
+                    trainer_state=None,
+                    log_metric=_unheard,
+                    log_extra=_unheard,
+                    **columns,
+                )
+            )
+            numbers = [0.0 if value is None or value != value else float(value) for value in given]
         except Exception as error:  # the user's own code may raise anything
             raise UserError(f"grpo.rewards: {name} failed: {type(error).__name__}: {error}") from error
         if len(given) != len(total):
             raise UserError(f"grpo.rewards: {name} gave {len(given)} numbers for {len(total)} completions")
-        total = [before + weight * (value or 0.0) for before, value in zip(total, given, strict=True)]
+        if not all(map(math.isfinite, numbers)):
+            raise UserError(f"grpo.rewards: {name} gave an infinite number")
+        total = [before + weight * value for before, value in zip(total, numbers, strict=True)]
     return total
+
+
+def _unheard(*args: Any, **kwargs: Any) -> None:
+    """What a reward logs in training is not logged in an evaluation."""
 
 
 def _import(name: str) -> Reward:
@@ -119,7 +144,7 @@ def _import(name: str) -> Reward:
         module = _from_file(Path(where).expanduser()) if where.endswith(".py") else _from_path(where)
     except UserError:
         raise
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything, or end the program
         raise UserError(f"grpo.rewards: {where} cannot be imported: {type(error).__name__}: {error}") from error
     reward = getattr(module, attribute, None)
     if not callable(reward):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quantize.algorithms import ALGORITHMS
 from quantize.errors import UserError
 from quantize.files import write_atomically
-from quantize.jobs import MAY_OVERFLOW, ONLY_TRAINED_ON, arm_rows
+from quantize.jobs import MAY_OVERFLOW, ONLY_TRAINED_ON, rows_paths
 from quantize.metrics import ARMS, COMPARISONS, build_metrics
 from quantize.runs import finish_command, is_outside, renew_command
 
@@ -96,6 +96,7 @@ def write_report(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, A
 def _read_arms(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, Scores], dict[str, list[Row]]]:
     """Every arm's scores, and its results on tasks. Raises UserError with the file that cannot be read."""
     from quantize.evaluate import Scores
+    from quantize.task_rows import load_rows
 
     wanted = set(ARMS) if gathered["control"] else set(ARMS) - {"control", "ptq"}
     wanted -= set() if gathered["format"] else {"base_quantized", "ptq", "final"}
@@ -107,7 +108,9 @@ def _read_arms(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, Sco
             arms[name] = Scores.load(path)
             own = gathered.get("method") is not None
             if (gathered["tasks"] or own) and not (name in MAY_OVERFLOW and arms[name].broken):
-                tasks[name] = arm_rows(folder, name, tasks=bool(gathered["tasks"]), own=own)
+                tasks[name] = []
+                for path in rows_paths(folder, name, tasks=bool(gathered["tasks"]), own=own):
+                    tasks[name] += load_rows(path)
         except (OSError, KeyError, TypeError, ValueError) as error:  # pyarrow's are ValueErrors
             said = str(error).splitlines()[0]
             advice = "" if isinstance(error, FileNotFoundError) else "remove it"

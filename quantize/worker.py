@@ -16,14 +16,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from quantize.errors import UserError
 from quantize.imports import uncollected
-from quantize.ready import ENDED, ReadyProcess, serve
+from quantize.ready import ENDED, ReadyProcess, progress_stream, serve
 
 Progress = Callable[[str, int, int], None]
 _READY = "--ready"
+_UNUSED = ("sklearn", "scipy")
 _COMMAND = (sys.executable, "-m", "quantize.worker")
 
 
@@ -57,7 +58,7 @@ def run_jobs(
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [project, str(packages or ""), environment.get("PYTHONPATH")])
     )
-    log.unlink(missing_ok=True)
+    log.write_text("", encoding="utf-8")
     if ready is not None and packages is None and _can_be_forked(jobs):
         lines = ready.lines([*_COMMAND, _READY], environment, request, log)
     else:
@@ -128,8 +129,16 @@ def _leave_out_unused(jobs: Sequence[Mapping[str, Any]]) -> None:
     them.
     """
     if not _need_tasks(jobs):
-        for name in ("sklearn", "scipy"):
+        for name in _UNUSED:
             sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # to the import system: not installed
+
+
+def _let_rewards_import(jobs: Sequence[Mapping[str, Any]]) -> None:
+    """A reward of one's own may need what was left out of transformers."""
+    if any("rewards" in (job.get("method") or {}) for job in jobs):
+        for name in _UNUSED:
+            if name in sys.modules and sys.modules[name] is None:
+                del sys.modules[name]
 
 
 def _need_tasks(jobs: Sequence[Mapping[str, Any]]) -> bool:
@@ -160,21 +169,23 @@ def main(argv: Sequence[str]) -> int:
     request = Path(argv[0])
     _leave_out_unused(json.loads(request.read_text(encoding="utf-8")))
     _import_libraries()
-    return work(request)
+    with progress_stream() as told:
+        return work(request, told)
 
 
-def work(request: Path) -> int:
-    """Does the jobs of a request in this process, and returns its exit code."""
+def work(request: Path, told: TextIO) -> int:
+    """Does the jobs of a request in this process, says how far it is on `told`, and returns its exit code."""
     from quantize.worker_jobs import KINDS
 
     jobs = json.loads(request.read_text(encoding="utf-8"))
+    _let_rewards_import(jobs)
     answer = request.with_suffix(".answer.json")
     results = []
     try:
         for job in jobs:
 
             def report(done: int, total: int, name: str = job["name"]) -> None:
-                print("@progress", json.dumps([name, done, total]), flush=True)
+                print("@progress", json.dumps([name, done, total]), file=told, flush=True)
 
             results.append(KINDS[job["kind"]](job, report))
             gc.collect()

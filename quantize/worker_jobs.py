@@ -73,9 +73,9 @@ def evaluate(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> di
             f"{job['name']}: the loss of {broken} of {len(samples)} held-out samples is NaN or infinite: the model's "
             f"numbers overflow; {job.get('overflow_advice', 'look at its weights')}"
         )
-    scores.save(Path(job["scores"]), texts_of(samples, scores, _tokenizer(job).decode))
     if job.get("method") is not None and not broken:
-        _measure_method(job, model, scores)
+        _measure_method(job, model, scores)  # first: that the scores are there says that all is
+    scores.save(Path(job["scores"]), texts_of(samples, scores, _tokenizer(job).decode))
     if broken:
         return {"loss": None, "kl": None, "memory_bytes": memory_bytes(model)}
     return {"loss": scores.loss, "kl": scores.kl_per_token, "memory_bytes": memory_bytes(model)}

@@ -9,8 +9,10 @@ from quantize.lazy import entrance
 if TYPE_CHECKING:
     from train.config import (
         DataConfig,
+        DpoConfig,
         EvalConfig,
         FakeQuantConfig,
+        GrpoConfig,
         LoraConfig,
         ModelConfig,
         QuantizeConfig,
@@ -25,8 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DataConfig",
+    "DpoConfig",
     "EvalConfig",
     "FakeQuantConfig",
+    "GrpoConfig",
     "LoraConfig",
     "ModelConfig",
     "QuantizeConfig",
@@ -44,8 +48,10 @@ __getattr__, __dir__ = entrance(
     __name__,
     {
         "DataConfig": "train.config",
+        "DpoConfig": "train.config",
         "EvalConfig": "train.config",
         "FakeQuantConfig": "train.config",
+        "GrpoConfig": "train.config",
         "LoraConfig": "train.config",
         "ModelConfig": "train.config",
         "QuantizeConfig": "train.config",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,10 @@ from quantize.evaluate import Scores
 from quantize.files import copy_atomically
 from quantize.gate import check_gap
 from quantize.hardware import describe_here
-from quantize.jobs import Job, task_rows_path
+from quantize.jobs import MAY_OVERFLOW, Job, task_rows_path
 from quantize.runs import GATHERED_VERSION
 from quantize.task_rows import own_rows_path
 from quantize.worker import run_timings
-from train.method_settings import reward_sources
 from train.stage_log import Tuned, fingerprint_of
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ class Evaluations:
         self.stages, self.config = stages, stages.config
         self.format, self.jobs, self.log = stages.format, stages.jobs, stages.log
         self.task_key = ""
-        self.method_key = [self.jobs.method, reward_sources(self.config)]
         self.computed_by = [describe_here(stages.plain_dtype), GATHERED_VERSION]
 
     def tasks(self, model: LocalModel) -> dict[str, Any]:
@@ -55,7 +54,7 @@ class Evaluations:
         plain.append(self.config.model.trust_remote_code)
         keys = {"base": fingerprint_of(plain, self.computed_by)}
         if self.jobs.method is not None:
-            keys["base"] = fingerprint_of(keys["base"], self.method_key)
+            keys["base"] = fingerprint_of(keys["base"], self.jobs.method)
         if self.format is not None:
             keys["base_quantized"] = fingerprint_of(keys["base"], self.stages.format_key(), self.stages.merged_dtype)
         stores = {arm: self.stages.cache / "baseline" / f"{arm}-{key}" for arm, key in keys.items()}
@@ -65,14 +64,14 @@ class Evaluations:
 
         def work() -> dict[str, Any]:
             kept = self.config.eval.baseline_cache
-            todo = [job for job in jobs if not (kept and Path(job["scores"]).is_file())]
+            todo = [job for job in jobs if not (kept and self._is_scored(job))]
             if todo:
                 self.log.jobs("baseline", todo)
             for job in jobs:
                 self._copy_scores(Path(job["scores"]), self.jobs.scores(job["name"]))
             return {"disk_bytes": folder_bytes(model.folder)}
 
-        makes = [self.jobs.scores(job["name"]) for job in jobs]
+        makes = self._files([job["name"] for job in jobs])
         result = self.log.run("baseline", fingerprint_of(keys), work, makes=makes)
         for job in jobs:
             arm = job["name"]
@@ -82,7 +81,7 @@ class Evaluations:
     def arms(self, data: Prepared, control: Tuned | None, tuned: Tuned) -> dict[str, Any]:
         """control, ptq (the control quantised), tuned, and this run's merged weights fake-quantised."""
         computed = [self.stages.plain_dtype, self.format is not None and self.format.simulated]
-        upstream = [computed, self.computed_by, control and control.result, tuned.result, self.method_key]
+        upstream = [computed, self.computed_by, control and control.result, tuned.result, self.jobs.method]
         key = fingerprint_of(self.stages.data_key, self.stages.format_key(), *upstream)
         jobs = [self.jobs.evaluate("tuned", tuned.merged)]
         if self.format is not None:
@@ -98,7 +97,7 @@ class Evaluations:
             results = self.log.jobs("arms", jobs)
             return {job["name"]: result for job, result in zip(jobs, results, strict=True)}
 
-        return self.log.run("arms", key, work, makes=[Path(job["scores"]) for job in jobs])
+        return self.log.run("arms", key, work, makes=self._files([job["name"] for job in jobs]))
 
     def final(
         self, data: Prepared, arms: dict[str, Any], control: Tuned | None, tuned: Tuned, shipped: dict[str, Any]
@@ -106,7 +105,7 @@ class Evaluations:
         """What ships, reloaded from disk in a fresh process, and the proof that it is what was trained."""
         if self.format is None:
             return {}
-        upstream = [self.computed_by, tuned.result, shipped, control and control.result, self.method_key]
+        upstream = [self.computed_by, tuned.result, shipped, control and control.result, self.jobs.method]
         key = fingerprint_of(self.stages.data_key, self.stages.format_key(), *upstream)
 
         def work() -> dict[str, Any]:
@@ -121,12 +120,24 @@ class Evaluations:
                 check_gap(gap, self.format.scheme, self.format.target, lambda: self._worst_layers(tuned))
             return {**scored, "layers": measured}
 
-        return self.log.run("final", key, work, makes=[self.jobs.scores("final")])
+        return self.log.run("final", key, work, makes=self._files(["final"]))
 
     def _copy_scores(self, source: Path, target: Path) -> None:
-        copy_atomically(source, target)
-        if self.jobs.method is not None:
+        if self.jobs.method is not None and own_rows_path(source).is_file():
             copy_atomically(own_rows_path(source), own_rows_path(target))
+        copy_atomically(source, target)
+
+    def _is_scored(self, job: Job) -> bool:
+        """Whether an earlier run left an arm's scores, with what its method measures unless its numbers overflow."""
+        scores = Path(job["scores"])
+        if not scores.is_file():
+            return False
+        return job["method"] is None or own_rows_path(scores).is_file() or Scores.load(scores).broken > 0
+
+    def _files(self, arms: Sequence[str]) -> list[Path]:
+        """What evaluations of these arms leave, but for rows that an arm whose numbers may overflow need not have."""
+        rated = [arm for arm in arms if arm not in MAY_OVERFLOW and self.jobs.rates(arm)]
+        return [self.jobs.scores(arm) for arm in arms] + [own_rows_path(self.jobs.scores(arm)) for arm in rated]
 
     def cost(self, tuned: Tuned, shipped: dict[str, Any]) -> dict[str, Any]:
         """What 16 bit and what ships cost to run here, one after the other in one process."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 
 from train.config import RunConfig
 from train.problems import Problem
+from train.trl_fields import dpo_losses
 
 OWN_EXTRA = {
     "dpo": {
+        "use_liger_kernel": "nothing: its kernels go past fake quantisers",
         "beta": "dpo.beta",
         "loss_type": "dpo.loss_type",
         "label_smoothing": "dpo.label_smoothing",
@@ -17,6 +20,7 @@ OWN_EXTRA = {
         "truncation_mode": "nothing: rows are cut on the right when the data is prepared",
     },
     "grpo": {
+        "use_liger_kernel": "nothing: its kernels go past fake quantisers",
         "num_generations": "grpo.num_generations",
         "max_completion_length": "grpo.max_completion_length",
         "temperature": "grpo.temperature",
@@ -68,6 +72,15 @@ def _dpo(config: RunConfig) -> Iterator[Problem]:
             f"train.method=dpo learns from pairs of answers, which data.format={config.data.format} has not; set auto"
         )
         yield Problem(("train.method", "data.format"), text)
+    known, loss = dpo_losses(), config.dpo.loss_type
+    if known and loss not in known:
+        near = difflib.get_close_matches(loss, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        text = f"dpo.loss_type={loss} is unknown; {hint}choose from {', '.join(known)}"
+        yield Problem(("dpo.loss_type",), text)
+    if loss == "exo_pair" and config.dpo.label_smoothing == 0:
+        text = "dpo.loss_type=exo_pair needs dpo.label_smoothing above 0; its paper recommends 0.001"
+        yield Problem(("dpo.loss_type", "dpo.label_smoothing"), text)
     if config.lora is None:
         text = "train.method=dpo with lora=null would need a second copy of the model as its reference; set `lora`"
         yield Problem(("train.method", "lora"), text)

@@ -17,12 +17,12 @@ def method_settings(config: RunConfig) -> list[Any]:
         return []
     if config.train.method == "dpo":
         return [config.dpo.model_dump()]
-    return [config.grpo.model_dump(exclude={"eval_samples"}), reward_sources(config)]
+    return [config.grpo.model_dump(exclude={"eval_samples"}), _sources(config)]
 
 
-def reward_sources(config: RunConfig) -> list[str]:
+def _sources(config: RunConfig) -> list[str]:
     """What changes with the code of a reward of one's own."""
-    return [source_key(name) for name in config.grpo.rewards] if config.train.method == "grpo" else []
+    return [source_key(name) for name in config.grpo.rewards]
 
 
 def measured_by_method(config: RunConfig) -> dict[str, Any] | None:
@@ -37,6 +37,7 @@ def measured_by_method(config: RunConfig) -> dict[str, Any] | None:
         "weights": asked.reward_weights,
         "samples": asked.eval_samples,
         "max_new_tokens": asked.max_completion_length,
+        "sources": _sources(config),
     }
 
 

@@ -126,9 +126,17 @@ def _mib(count: int) -> str:
     return f"{count / _MIB:,.1f} MiB" if count < 10 * 1024 * _MIB else f"{count / _MIB / 1024:,.1f} GiB"
 
 
+def _tokens(config: RunConfig) -> int:
+    """Tokens of a batch: dpo has two answers a row, grpo's rows are a prompt and an answer of its own."""
+    rows, length = config.train.per_device_train_batch_size, config.train.max_length
+    if config.train.method == "grpo":
+        length += config.grpo.max_completion_length
+    return rows * length * (2 if config.train.method == "dpo" else 1)
+
+
 def _memory(config: RunConfig, size: ModelSize, device: str) -> dict[str, int]:
     width = _train_bytes(config, device)
-    trained, tokens = _trained(config, size), config.train.per_device_train_batch_size * config.train.max_length
+    trained, tokens = _trained(config, size), _tokens(config)
     rest = size.parameters - size.linear_weights
     weights = size.parameters * width
     if config.model.load_in_4bit:
@@ -138,7 +146,9 @@ def _memory(config: RunConfig, size: ModelSize, device: str) -> dict[str, int]:
     layer = 8 * size.hidden + 2 * sum(linear.outputs * linear.count for linear in size.linears) // size.layers
     checkpointing = config.train.gradient_checkpointing
     kept = size.layers * (size.hidden if checkpointing else layer) + layer + 4 * size.hidden
-    whole_logits = config.model.backend == "peft" or (config.qat and config.fake_quant.distill > 0)
+    # TRL's kernel for dpo and grpo takes the answers' logits in tiles; on a CPU they are whole.
+    tiled = config.train.method != "sft" and device == "cuda"
+    whole_logits = not tiled and (config.model.backend == "peft" or (config.qat and config.fake_quant.distill > 0))
     parts = {
         "weights": weights,
         "adapter, gradients, optimiser" if config.lora else "gradients, optimiser": state,

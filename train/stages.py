@@ -162,8 +162,12 @@ class Stages:
         """The model's tokenizer, with the configured chat template."""
         from transformers import AutoTokenizer
 
+        from train.data import template_text
+
         trust = self.config.model.trust_remote_code
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
+        tokenizer.chat_template = template_text(self.config.data.chat_template) or tokenizer.chat_template
+        return tokenizer
 
     def data(self, model: LocalModel) -> Prepared:
         """Tokenised, split and fingerprinted data; one mask-coloured example is shown."""

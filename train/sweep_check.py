@@ -151,10 +151,12 @@ def _missing(configs: Sequence[RunConfig]) -> Iterator[str]:
     for config in configs:
         parts = {"model", "qat", "quantize"}
         sections = {
-            name: json.dumps([name, config.model_dump(mode="json", include={name})]) for name in ("data", "eval")
+            name: json.dumps([name, config.train.method, config.model_dump(mode="json", include={name})])
+            for name in ("data", "eval")
         }
         least = config.fake_quant.min_coverage
-        whole = json.dumps([config.model_dump(mode="json", include=parts), least, *sections.values()])
+        method = json.dumps([config.train.method, config.grpo.rewards])
+        whole = json.dumps([config.model_dump(mode="json", include=parts), least, method, *sections.values()])
         if whole not in seen:
             yield from missing_inputs(config, [name for name, text in sections.items() if text in seen])
         seen |= {whole, *sections.values()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from pathlib import Path
 
 
@@ -30,6 +31,17 @@ def trl_fields(method: str) -> frozenset[str]:
         for node in body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and not node.target.id.startswith("_")
     )
+
+
+def dpo_losses() -> list[str]:
+    """The names of TRL's DPO losses, from the trainer's source text; empty where it is not found."""
+    try:
+        spec = importlib.util.find_spec("trl")
+        assert spec is not None and spec.origin is not None
+        text = (Path(spec.origin).parent / "trainer" / "dpo_trainer.py").read_text(encoding="utf-8")
+    except (ImportError, AssertionError, OSError, ValueError):
+        return []
+    return sorted(set(re.findall(r'loss_type == "(\w+)"', text)))
 
 
 def enum_values(name: str) -> list[str]:

@@ -56,7 +56,7 @@ def _in_netrc() -> bool:
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
     named = os.environ.get("NETRC")
     for path in [Path(named)] if named else [Path("~/.netrc"), Path("~/_netrc")]:
-        with suppress(OSError, netrc.NetrcParseError):
+        with suppress(OSError, UnicodeDecodeError, netrc.NetrcParseError):
             if netrc.netrc(str(path.expanduser())).authenticators(host):
                 return True
     return False

@@ -172,7 +172,9 @@ def test_text_is_generated_from_what_ships(tmp_path: Path) -> None:
     prepared = prepare_qat(model, "int8-int4")
     assert not prepared.cache.reuse
     prepared.cache.reuse = True
-    ship(prepared, tmp_path / "shipped", TOKENIZER)
+    with pytest.raises(UserError, match="no fake-quantised layer has run"):
+        ship(prepared, tmp_path / "shipped", TOKENIZER)
+    ship(prepared, tmp_path / "shipped", TOKENIZER, trained_elsewhere=True)
     prompt = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
     told = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     trained = model.generate(**prompt, **told)

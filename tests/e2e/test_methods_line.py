@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,36 @@ def test_rewards_are_learned_and_measured(runs: Any, tmp_path: Path) -> None:
     own.write_text(own.read_text().replace("== 0", "== 1"))
     runs.here(*options)
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() != trained  # another reward, another training
+
+
+def test_rewards_are_prompted_in_the_template_that_is_configured(runs: Any, tmp_path: Path) -> None:
+    """A model without a template of its own too; what is trained is prompted as what is measured."""
+    from train.pipeline import resume
+
+    (tmp_path / "plain.jinja").write_text(
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}.{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    (tmp_path / "prompts.py").write_text(
+        "import scipy.stats\nimport sklearn\n"
+        "def seen(prompts, completions, **columns):\n    return [float(len(prompts[0]) == 1) for _ in completions]\n"
+    )
+    options = (f"--data.chat_template={tmp_path}/plain.jinja", f"--grpo.rewards=[{tmp_path}/prompts.py:seen]")
+    run = runs.here(*SMALL, *REWARDS, *options, "--train.max-steps=2", "--run.name=templated")
+    rows = load_rows(own_rows_path(run / "eval" / "final.parquet"))
+    assert all(
+        row.prompt.startswith("<user>") and row.prompt.endswith("<assistant>") and row.value == 1.0 for row in rows
+    )
+    steps = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    tokens = [step["num_tokens"] for step in steps if step["kind"] == "step"]
+    longest = max(len(row.prompt) for row in rows)  # a byte is a token
+    assert 0 < tokens[0] <= 4 * (longest + 60)
+    lost = own_rows_path(run / "eval" / "final.parquet")
+    before = lost.read_bytes()
+    lost.unlink()
+    (run / "report.md").unlink()
+    resume(str(run))
+    assert len(load_rows(lost)) == len(rows) and before
 
 
 def test_where_the_target_cannot_run_the_simulation_is_rated(runs: Any) -> None:

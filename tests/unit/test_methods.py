@@ -47,6 +47,9 @@ class TestSettings:
             ({"train": {"method": "dpo"}, "qat": "int4", "fake_quant": {"distill": 0.5}}, "fake_quant.distill"),
             ({"train": {"method": "dpo", "extra": {"beta": 0.2}}}, "use dpo.beta"),
             ({"train": {"method": "dpo", "extra": {"num_generations": 4}}}, "no field of trl's DPOConfig"),
+            ({"train": {"method": "dpo"}, "dpo": {"loss_type": "sigmiod"}}, "did you mean sigmoid?"),
+            ({"train": {"method": "dpo"}, "dpo": {"loss_type": "exo_pair"}}, "label_smoothing above 0"),
+            ({"train": {"method": "dpo", "extra": {"use_liger_kernel": True}}}, "go past fake quantisers"),
             ({"train": {"method": "grpo"}}, "must be a multiple"),
             ({"train": {"method": "grpo"}, "grpo": {"num_generations": 2}, "data": {"format": "text"}}, "prompts with"),
             ({"train": {"method": "grpo"}, "grpo": {"num_generations": 2, "rewards": []}}, "nothing would be learned"),
@@ -172,13 +175,41 @@ class TestRewards:
         monkeypatch.chdir(tmp_path)
         for name in ("own_rewards:short", "own_rewards.py:short", f"{tmp_path}/own_rewards.py:short"):
             columns = {"answer": ["a", "b"], "kind": ["x", "y"]}
-            assert rate([name, "exact_match"], [2.0, 0.5], [[USER], [USER]], ["a", "long"], columns) == [2.5, 0.0]
+            assert rate([name, "exact_match"], [2.0, 0.5], [[USER]] * 2, ["a", "long"], [[1], [2]], columns) == [
+                2.5,
+                0.0,
+            ]
             assert source_key(name)
         before = source_key("own_rewards.py:short")
         (tmp_path / "own_rewards.py").write_text("def short(completions, **kwargs):\n    return [0.0]\n")
         assert source_key("own_rewards.py:short") != before
         with pytest.raises(UserError, match="gave 1 numbers for 2 completions"):
-            rate(["own_rewards.py:short"], None, [[USER]] * 2, ["a", "b"], {"answer": ["a", "b"]})
+            rate(["own_rewards.py:short"], None, [[USER]] * 2, ["a", "b"], [[1], [2]], {"answer": ["a", "b"]})
+
+    @pytest.mark.parametrize(
+        ("body", "said"),
+        [
+            ("[float('nan'), None]", None),
+            ("['much', 'little']", "ValueError"),
+            ("[float('inf'), 1.0]", "an infinite number"),
+            ("[len(ids) / 0 for ids in completion_ids]", "ZeroDivisionError"),
+            ("[log_metric('a', 1.0), len(completion_ids[1])]", None),
+        ],
+    )
+    def test_whatever_one_gives_is_a_number_or_said(self, body: str, said: str | None, tmp_path: Path) -> None:
+        file = tmp_path / "odd.py"
+        file.write_text(f"def odd(completion_ids, log_metric, **kwargs):\n    return {body}\n")
+        arguments = ([f"{file}:odd"], None, [[USER]] * 2, ["a", "b"], [[1], [2, 3]], {"answer": ["a", "b"]})
+        if said is None:
+            assert rate(*arguments) == ([0.0, 2.0] if "log_metric" in body else [0.0, 0.0])
+        else:
+            with pytest.raises(UserError, match=said):
+                rate(*arguments)
+
+    def test_one_that_ends_the_program_is_said(self, tmp_path: Path) -> None:
+        (tmp_path / "ends.py").write_text("import sys\nsys.exit(3)\n")
+        with pytest.raises(UserError, match="SystemExit"):
+            load_rewards([f"{tmp_path}/ends.py:f"])
 
     @pytest.mark.parametrize(
         ("name", "said"),

@@ -20,12 +20,13 @@ import json, os, sys, time
 from pathlib import Path
 from quantize.ready import serve
 seen = []
-def work(request):
+def work(request, told):
     asked = json.loads(request.read_text())
     seen.append(request)
-    print("@progress", asked["say"], len(seen), os.getppid() != os.getpid(), flush=True)
-    print(asked["say"], "in the log", file=sys.stderr)
     Path(str(request) + ".pid").write_text(str(os.getpid()))
+    print("@progress", asked["say"], len(seen), os.getppid() != os.getpid(), file=told, flush=True)
+    print(asked.get("mutters", ""), end="", flush=True)
+    print(asked["say"], "in the log", file=sys.stderr)
     if asked.get("raise"):
         raise KeyError(asked["raise"])
     time.sleep(asked.get("sleep", 0))
@@ -95,6 +96,20 @@ def test_a_failure_or_a_kill_is_told_and_the_next_request_is_answered(ready: Rea
     assert next(told).strip() == f"@ended -{signal.SIGKILL.value}"
     assert list(told) == []
     assert lines(ready, *asked(tmp_path, "next"))[-1] == "@ended 0"
+
+
+def test_what_a_job_prints_is_no_answer(ready: ReadyProcess, tmp_path: Path) -> None:
+    loud = asked(tmp_path, "loud", mutters="no line end, @ended 7\n@ended 9")
+    assert lines(ready, *loud) == ["@progress loud 1 True", "@ended 0"]
+    assert "@ended 9" in loud[1].read_text()
+
+
+def test_one_that_died_with_nothing_to_do_is_started_again(ready: ReadyProcess, tmp_path: Path) -> None:
+    assert lines(ready, *asked(tmp_path, "first"))[-1] == "@ended 0"
+    assert ready._process is not None
+    ready._process.kill()
+    is_gone(ready._process.pid)
+    assert lines(ready, *asked(tmp_path, "second"))[-1] == "@ended 0"
 
 
 def test_whoever_stops_listening_ends_the_work(ready: ReadyProcess, tmp_path: Path) -> None:
