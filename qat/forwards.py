@@ -150,7 +150,7 @@ class _Tensors:
             (self.name,) = module.active_adapters
 
     def projection(self) -> Projection:
-        """The tensors in use: no adapter under `disable_adapter()`.
+        """The tensors in use: no adapter where peft disabled that of this layer alone (`qat.reference` has the rest).
 
         Raises:
             UserError: peft changed the adapter since it was prepared: what is computed would not be what ships.

@@ -20,13 +20,7 @@ from qat.adapters import adapter_of, merged_of, refuse_adapters, scaling_of, wei
 from qat.cache import WeightCache
 from qat.embedding import binding_of_embedding, find_embedding
 from qat.experts import ExpertMatrix, expert_matrices
-from qat.forwards import (
-    Binding,
-    bindings_inside,
-    bindings_of_experts,
-    bindings_outside,
-    is_bound,
-)
+from qat.forwards import Binding, bindings_inside, bindings_of_experts, bindings_outside, is_bound
 from qat.layer import LayerNumerics
 from qat.reference import reference_asked
 from quantize.errors import UserError

@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -64,16 +65,13 @@ def run_jobs(
     else:
         lines = _fresh_lines([*_COMMAND, str(request)], environment, log)
     code = 1
-    try:
+    with closing(lines):  # whatever happens here ends the process
         for line in lines:
             if progress is not None and line.startswith("@progress "):
                 name, done, total = json.loads(line.removeprefix("@progress "))
                 progress(name, done, total)
             elif line.startswith(ENDED):
                 code = int(line.removeprefix(ENDED))
-    except BaseException:
-        lines.close()
-        raise
     if code == 0:
         return json.loads(answer.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     if code == 2:
@@ -99,10 +97,9 @@ def _fresh_lines(command: Sequence[str], environment: dict[str, str], log: Path)
         try:
             yield from process.stdout
             yield f"{ENDED}{process.wait()}"
-        except BaseException:
-            process.kill()
+        finally:
+            process.kill()  # of one that has ended it does nothing
             process.wait()
-            raise
 
 
 def run_timings(run: Callable[[], list[Any]]) -> list[Any]:
