@@ -1,0 +1,215 @@
+"""How fast vLLM serves the shipped formats: latency by batch size, throughput, weights in memory, KV cache that fits.
+
+    python benchmarks/serving.py --shape qwen3-8b --formats bf16 int4 fp8 --vllm PATH/bin/python --out serving.jsonl
+
+Random weights in the true shape are written as a checkpoint and converted as `quantize convert` does it; vLLM loads the
+folders as they are, with its defaults. Timed as `vllm bench latency` does: all requests of a batch at once, random
+prompts, `ignore_eos`, no prefix cache, from the request to the last token; throughput is that of `--prompts` requests
+at once. Each format is a process of its own, one after the other; ratios are against the first. After the timing a
+short run is profiled: `kernels` are the ones that took most of the GPU's time in it, in milliseconds a step of decoding
+at batch 1.
+
+    python benchmarks/serving.py --folders bf16=MODEL int4=RUN/quantized --vllm PATH/bin/python   # checkpoints of yours
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from step_time import SHAPES
+
+_GO = "go\n"
+_STEPS = 8  # of decoding that are profiled
+
+
+def main() -> int:
+    """Writes the checkpoints, serves one after the other, prints one line a format."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b")
+    parser.add_argument("--layers", type=int, help="fewer decoder layers than the shape has")
+    parser.add_argument("--formats", nargs="+", default=["bf16", "int4", "fp8"], metavar="SCHEME[@TARGET]")
+    parser.add_argument("--folders", nargs="+", default=[], metavar="NAME=FOLDER", help="served in place of --formats")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 256])
+    parser.add_argument("--input", type=int, default=256, help="tokens of a prompt")
+    parser.add_argument("--output", type=int, default=256, help="tokens of an answer")
+    parser.add_argument("--repeats", type=int, default=5, help="of each latency, after two that do not count")
+    parser.add_argument("--prompts", type=int, default=1024, help="requests of the throughput; 0 = none")
+    parser.add_argument("--limit", type=float, default=20, help="a latency above so many seconds is taken once")
+    parser.add_argument("--vllm", default=sys.executable, help="the Python that has vLLM (default: this one)")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="where the checkpoints go")
+    parser.add_argument("--out", type=Path, help="append the results here, one JSON line each")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        return _measure(options)
+    with tempfile.TemporaryDirectory(dir=options.scratch, prefix="serving-") as place:
+        asked = dict(each.split("=", 1) for each in options.folders)
+        names = list(asked) or options.formats
+        children = {name: _Child(name, Path(place), options) for name in names}  # all import while folders are made
+        folders = {name: Path(folder) for name, folder in asked.items()} or _make(options, Path(place))
+        return _report(options, children, folders)
+
+
+def _report(options: argparse.Namespace, children: dict[str, _Child], folders: dict[str, Path]) -> int:
+    base: dict[str, Any] = {}
+    complete = True
+    for name, child in children.items():
+        line = child.serve(folders[name])
+        complete &= "failed" not in line
+        base = base or line
+        for key in ("latency_s", "throughput"):
+            for case, value in line.get(key, {}).items():
+                known = base.get(key, {}).get(case)
+                ratio = None if not known else known / value if key == "latency_s" else value / known
+                line.setdefault("x", {})[f"{key} {case}"] = None if ratio is None else round(ratio, 3)
+        print(json.dumps(line), flush=True)
+        if options.out is not None:
+            with options.out.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+    return 0 if complete else 1
+
+
+def _make(options: argparse.Namespace, place: Path) -> dict[str, Path]:
+    """A random checkpoint in bfloat16 and its conversions, each by a process of its own."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = SHAPES[options.shape] | ({"num_hidden_layers": options.layers} if options.layers else {})
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen3", **shape, dtype="bfloat16")
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(place / "bf16")
+    folders = {"bf16": place / "bf16"}
+    running = []
+    for name in options.formats:
+        if name in folders:
+            continue
+        scheme, _, target = name.partition("@")
+        folders[name] = place / name
+        command = [sys.executable, "-m", "quantize", "convert", str(place / "bf16"), "--scheme", scheme]
+        command += ["--dtype", "bfloat16", "--output", str(folders[name]), *(["--target", target] if target else [])]
+        running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+    codes = [process.wait() for process in running]
+    if any(codes):
+        raise SystemExit("a conversion failed")
+    return folders
+
+
+class _Child:
+    """vLLM's process for one format: it imports at once, and loads and measures when its turn comes."""
+
+    def __init__(self, name: str, place: Path, options: argparse.Namespace) -> None:
+        self.name, self.log = name, place / f"{name}.log"
+        command = [options.vllm, str(Path(__file__).resolve()), "--child", name]
+        for key in ("input", "output", "repeats", "prompts", "limit"):
+            command += [f"--{key}", str(getattr(options, key))]
+        command += ["--batches", *map(str, options.batches)]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+
+    def serve(self, folder: Path) -> dict[str, Any]:
+        """What it measured; {failed: why} where it died."""
+        said, _ = self.process.communicate(f"{folder}\n{_GO}")
+        lines = [line.removeprefix("RESULT ") for line in said.splitlines() if line.startswith("RESULT ")]
+        log = self.log.read_text(encoding="utf-8", errors="replace") + said
+        line: dict[str, Any] = {"format": self.name, **(json.loads(lines[-1]) if lines else {})}
+        if self.process.returncode or not lines:
+            errors = [each for each in log.splitlines() if "Error" in each]
+            line["failed"] = (errors or log.splitlines() or ["it said nothing"])[-1][-300:]
+            print(log[-4000:], file=sys.stderr)
+        for key, pattern in (
+            ("weights_gib", r"Model loading took ([\d.]+) GiB"),
+            ("kv_tokens", r"GPU KV cache size: ([\d,]+) tokens"),
+            ("attention", r"Using (\S+) attention backend"),
+        ):
+            found = re.search(pattern, log)
+            line[key] = None if found is None else found[1]
+        return line
+
+
+def _measure(options: argparse.Namespace) -> int:
+    """In vLLM's Python: loads the folder that stdin names, and measures it."""
+    import numpy as np
+    import vllm
+    from vllm import LLM, SamplingParams
+
+    folder = sys.stdin.readline().strip()
+    assert sys.stdin.readline() == _GO
+    began = time.perf_counter()
+    profiles = tempfile.mkdtemp()
+    llm = LLM(
+        folder, skip_tokenizer_init=True, enable_prefix_caching=False,
+        profiler_config={
+            "profiler": "torch", "torch_profiler_dir": profiles, "torch_profiler_with_stack": False,
+            "ignore_frontend": True, "delay_iterations": 2, "max_iterations": _STEPS,  # the prompt is not profiled
+        },
+    )  # fmt: skip
+    line: dict[str, Any] = {"vllm": vllm.__version__, "start_s": round(time.perf_counter() - began, 1)}
+    draw = np.random.default_rng(0)
+
+    def generate(requests: int, tokens: int) -> float:
+        prompts = draw.integers(0, 10000, (requests, options.input)).tolist()
+        settings = SamplingParams(temperature=1.0, ignore_eos=True, max_tokens=tokens, detokenize=False)
+        start = time.perf_counter()
+        llm.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
+        return time.perf_counter() - start
+
+    line["latency_s"], line["spread_s"] = {}, {}
+    for batch in options.batches:
+        seconds = _repeated(lambda batch=batch: generate(batch, options.output), options)  # type: ignore[misc]
+        line["latency_s"][f"batch {batch}"] = round(statistics.median(seconds), 4)
+        line["spread_s"][f"batch {batch}"] = [round(min(seconds), 4), round(max(seconds), 4)]
+        print("RESULT", json.dumps(line), flush=True)  # what is known, should the rest take too long
+    if options.prompts and max(line["latency_s"].values()) <= options.limit:
+        taken = generate(options.prompts, options.output)
+        tokens = options.prompts * (options.input + options.output)
+        line["throughput"] = {"tokens/s": round(tokens / taken)}
+        print("RESULT", json.dumps(line), flush=True)
+    llm.start_profile()
+    generate(1, 4 * _STEPS)
+    llm.stop_profile()
+    line["kernels"], line["gpu_ms_a_step"] = _kernels(Path(profiles))
+    print("RESULT", json.dumps(line), flush=True)
+    return 0
+
+
+def _repeated(work: Callable[[], float], options: argparse.Namespace) -> list[float]:
+    first = work()
+    if first > options.limit:
+        return [first]
+    work()
+    return [work() for _ in range(options.repeats)]
+
+
+def _kernels(folder: Path) -> tuple[dict[str, float], float]:
+    """Milliseconds a decoding step by kernel, the eight that took most; and of all together."""
+    total: dict[str, float] = {}
+    for path in folder.rglob("*.json*"):
+        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as stream:
+            events = json.load(stream).get("traceEvents", [])
+        for event in events:
+            if event.get("cat") == "kernel":
+                name = event["name"][:110]
+                total[name] = total.get(name, 0.0) + event["dur"] / 1000 / _STEPS
+    most = sorted(total.items(), key=lambda each: -each[1])[:8]
+    return {name: round(each, 4) for name, each in most}, round(sum(total.values()), 4)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    sys.exit(main())
