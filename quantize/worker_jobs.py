@@ -97,20 +97,28 @@ def benchmark(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> d
     """Runs a model on tasks.
 
     Keys: those of `evaluate` that make the model, tasks (settings of `quantize.tasks`), task_rows (parquet to write);
-    optional chat_template.
+    optional chat_template, engine (from `quantize.serving.engine`: vLLM runs it, what is simulated quantised for real).
     """
-    from quantize.tasks import Settings, load_tasks, run_tasks, save_rows
+    from quantize.tasks import Settings, load_tasks, run_tasks, save_rows, transformers_lm
 
-    model, _ = _load(job)
-    settings = Settings(**job["tasks"])
-    save_rows(run_tasks(model, _tokenizer(job), load_tasks(settings), settings, progress), Path(job["task_rows"]))
+    settings, tokenizer = Settings(**job["tasks"]), _tokenizer(job)
+    if job.get("engine"):
+        from quantize.serving.tasks import served_lm
+
+        tasks = load_tasks(settings)  # first: the server takes a minute to start, and holds the GPU
+        with served_lm(job, tokenizer, lambda form: convert(form, lambda done, total: None)) as lm:
+            rows = run_tasks(lm, tasks, settings, progress)
+    else:
+        lm = transformers_lm(_load(job)[0], tokenizer)
+        rows = run_tasks(lm, load_tasks(settings), settings, progress)
+    save_rows(rows, Path(job["task_rows"]))
     return {}
 
 
 def check_tasks(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Loads the tasks with their data and builds their requests: what cannot run is found before anything is trained.
 
-    Keys: tasks (settings of `quantize.tasks`), model (whose tokenizer they need); optional chat_template,
+    Keys: tasks (settings of `quantize.tasks`), model (whose tokenizer they need); optional chat_template, engine,
     trust_remote_code.
 
     Returns:
@@ -134,7 +142,7 @@ def check_tasks(job: Mapping[str, Any], progress: Callable[[int, int], None]) ->
         "fingerprint": fingerprint(tasks, settings),
         "samples": {name: count_samples(leaves, settings.limit) for name, leaves in tasks.items()},
         "num_fewshot": few_shot_numbers(tasks),
-        "cut": check_runnable(tasks, settings, tokenizer, context),
+        "cut": check_runnable(tasks, settings, tokenizer, context, served=bool(job.get("engine"))),
     }
 
 

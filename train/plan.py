@@ -29,7 +29,7 @@ from quantize.errors import UserError
 from quantize.names import is_kept
 from quantize.schemes import find_scheme
 from train.config import RunConfig
-from train.inputs import check_tasks
+from train.inputs import check_engine, check_tasks
 from train.model_size import Linear, ModelSize, UnknownSize, find_size
 from train.plan_steps import Step, cannot_run, merged_dtype, steps_of
 
@@ -192,11 +192,12 @@ def _missing_files(config: RunConfig) -> Iterator[str]:
 
 
 def _task_obstacles(config: RunConfig) -> Iterator[str]:
-    """Benchmarks that lm-eval does not know; their data is not looked at."""
-    try:
-        check_tasks(config.eval)
-    except UserError as error:
-        yield from error.lines
+    """Benchmarks that lm-eval does not know, whose data is not looked at, and what their engine lacks here."""
+    for check in (lambda: check_tasks(config.eval), lambda: check_engine(config)):
+        try:
+            check()
+        except UserError as error:
+            yield from error.lines
 
 
 def coverage_obstacles(config: RunConfig, size: ModelSize) -> Iterator[str]:
