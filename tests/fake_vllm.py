@@ -146,19 +146,22 @@ class Engine:
         limit = min(request.get("max_tokens", 16), self.max_model_len - len(ids))
         stops, ignore = request.get("stop") or [], request.get("ignore_eos", False)
         stops = [stops] if isinstance(stops, str) else stops
+        ends = self.ends | set(request.get("stop_token_ids") or [])
+        plain = request.get("skip_special_tokens", True)
         tokens: list[int] = []
         while len(tokens) < limit:
             row = self.logits([*ids, *tokens])[-1]
             seen = list({*ids, *tokens})
             row[seen] = self.torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
             tokens.append(int(row.argmax()))
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            text = self.tokenizer.decode(tokens, skip_special_tokens=plain)
             stop = next((word for word in stops if word in text), None)
             if stop is not None:
                 return {"tokens": tokens, "text": text[: text.index(stop)], "finish": "stop", "reason": stop}
-            if tokens[-1] in self.ends and not ignore:
+            if tokens[-1] in ends and not ignore:
+                text = self.tokenizer.decode(tokens[:-1], skip_special_tokens=plain)
                 return {"tokens": tokens, "text": text, "finish": "stop", "reason": None}
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = self.tokenizer.decode(tokens, skip_special_tokens=plain)
         return {"tokens": tokens, "text": text, "finish": "length", "reason": None}
 
     def check_length(self, ids: list[int], wanted: int) -> None:
@@ -280,7 +283,7 @@ def main() -> int:
     parser.add_argument("--host")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--served-model-name", nargs="+")
-    parser.add_argument("--max-model-len", type=int)
+    parser.add_argument("--max-model-len", type=lambda text: None if text == "auto" else int(text))
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--gpu-memory-utilization", type=float)
     parser.add_argument("--generation-config", default="auto")
@@ -301,6 +304,7 @@ def main() -> int:
     Handler.engine = Engine(options)
     if mode is None:
         Handler.engine.load(options)
+    ThreadingHTTPServer.request_queue_size = 2048  # as uvicorn's: five would turn many clients at once away
     ThreadingHTTPServer((options.host or "0.0.0.0", options.port), Handler).serve_forever()
     return 0
 

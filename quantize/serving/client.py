@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -74,6 +74,7 @@ def complete(
     *,
     stop: Sequence[str] | Sequence[Sequence[str]] = (),
     ignore_eos: bool = False,
+    options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> list[Completion]:
     """Greedy continuations.
@@ -83,6 +84,7 @@ def complete(
         max_tokens: new tokens at most, for all or for each. With the prompt no more than `server.max_length`.
         stop: strings that end an answer and are left out of its text, for all or for each.
         ignore_eos: go on after the end token.
+        options: further fields of the request, by vLLM's names.
 
     Raises:
         RuntimeError: the server refused a request, or is gone.
@@ -92,7 +94,7 @@ def complete(
 
     def ask(number: int) -> Completion:
         request = {"max_tokens": limits[number], "stop": list(ends[number]), "ignore_eos": ignore_eos}
-        choice = _completions(server, prompts[number], {**request, "return_token_ids": True})
+        choice = _completions(server, prompts[number], {**request, "return_token_ids": True, **(options or {})})
         return Completion(choice["token_ids"], choice["text"], choice["finish_reason"])
 
     return _all(ask, len(prompts), progress)

@@ -100,6 +100,7 @@ def serving(
                 command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, env=environment,
                 start_new_session=True,
             )  # fmt: skip
+        guard = _guard(process)
         try:
             url = f"http://127.0.0.1:{port}"
             _wait(process, url, log, timeout)
@@ -107,6 +108,15 @@ def serving(
             yield Server(url, found["id"], int(found["max_model_len"]), log)
         finally:
             _end(process)
+            guard.kill()
+            guard.wait()
+
+
+def _guard(process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+    """Ends the server where this process is killed outright, as a run does with what measures when it is stopped."""
+    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py")), str(process.pid)]
+    nowhere = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True)
 
 
 def _free_port() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -98,9 +97,18 @@ def _with_start(tokenizer: Any) -> Any:
     return tokenizer
 
 
+def _with_special(tokenizer: Any, character: str) -> Any:
+    """The tokenizer with that character as a special token, which decoding leaves out."""
+    tokenizer.add_special_tokens({"additional_special_tokens": [character]}, replace_extra_special_tokens=False)
+    return tokenizer
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return tiny_model(vocab_size=len(byte_tokenizer()), max_position_embeddings=CONTEXT, seed=3)
+    """With settings of its own for decoding, which transformers keeps to."""
+    found = tiny_model(vocab_size=len(byte_tokenizer()), max_position_embeddings=CONTEXT, seed=1)
+    found.generation_config.eos_token_id, found.generation_config.repetition_penalty = [1, 5], 1.3
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +121,9 @@ def written(model: Any, folder: Path) -> str:
 @pytest.fixture(scope="module")
 def checkpoint(model: Any, written: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model with settings for its decoding, and a tokenizer one of whose characters is special."""
-    model.generation_config.eos_token_id, model.generation_config.repetition_penalty = [1, 5], 1.3
-    found = save_plain(model, tmp_path_factory.mktemp("model") / "plain")
-    byte_tokenizer().save_pretrained(found)
+    tokenizer = byte_tokenizer()
+    model.save_pretrained(found := tmp_path_factory.mktemp("model") / "plain")
+    _with_special(tokenizer, written[3]).save_pretrained(found)
     return found
 
 
@@ -190,10 +198,71 @@ def test_examples_and_the_chat_template_are_those_of_transformers(
 def test_stop_strings_end_an_answer(
     model: Any, server: Server, checkpoint: Path, folder: Path, written: str
 ) -> None:
-    for stop in (written[4:6], written[3]):
+    for stop, tokenizer in ((written[4:6], byte_tokenizer()), (written[3], _with_special(byte_tokenizer(), written[3]))):
         kwargs = {"until": ["never", stop], "max_gen_toks": 12}
         _write(folder, "stops", TASKS["writes"] | {"generation_kwargs": kwargs})
         settings = Settings([str(folder / "stops.yaml")], batch_size=1)
-        plain, served = _both(model, server, checkpoint, byte_tokenizer(), settings)
+        plain, served = _both(model, server, checkpoint, tokenizer, settings)
         _same(plain, served)
-        assert served[0].response == written.split(stop)[0]
+        assert served[0].response == written.split(stop)[0].replace(written[3], "" if stop == written[3] else written[3])
+
+
+def test_of_two_tokens_that_are_as_likely_one_is_the_greedy_one() -> None:
+    from quantize.serving.tasks import _result
+
+    score = client.Score([-1.0, -0.5, -0.7], [7, 8, 9], [-1.0, -0.5, -0.7])
+    assert _result(score, [8, 9]) == (pytest.approx(-1.2), True)
+    assert _result(score, [8, 3]) == (pytest.approx(-1.2), False)
+    assert _result(client.Score([-1.0, -9999.0], [1, 2], [0.0, 0.0]), [2]) == (-torch.inf, True)
+
+
+def test_a_request_that_a_short_server_would_cut_is_refused(
+    server: Server, checkpoint: Path, folder: Path
+) -> None:
+    short = replace(server, max_length=40)
+    for name, tokens in (("text", 96), ("long", 94)):
+        settings = Settings([str(folder / f"{name}.yaml")])
+        lm = ServedLM(short, byte_tokenizer(), CONTEXT, {})
+        with pytest.raises(UserError, match=rf"has {tokens} tokens, and vLLM serves this model with 40"):
+            run_tasks(lm, load_tasks(settings), settings)
+
+
+def test_what_is_cut_is_counted_in_the_context_of_the_server(folder: Path) -> None:
+    tokenizer, settings = byte_tokenizer(), Settings([str(folder / "choices.yaml")])
+    longest = max(len(f"Q: {row['question']}\nA: {choice}") for row in ROWS for choice in row["choices"])
+    for served, context in ((False, longest - 1), (True, longest + 1)):  # an answer's last token is no input
+        assert check_runnable(load_tasks(settings), settings, tokenizer, context, served=served) == {}
+        assert check_runnable(load_tasks(settings), settings, tokenizer, context - 1, served=served)["choices"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [({"do_sample": True, "temperature": 0.7}, "do_sample: True"), ({"num_beams": 4}, "num_beams: 4")],
+)
+def test_a_task_that_is_not_decoded_greedily_is_refused_before_anything_is_trained(
+    asked: dict[str, Any], said: str, checkpoint: Path, folder: Path
+) -> None:
+    _write(folder, "sampled", TASKS["writes"] | {"generation_kwargs": {"max_gen_toks": 8, **asked}})
+    job = {"model": str(checkpoint), "tasks": {"names": [str(folder / "sampled.yaml")]}}
+    assert check_tasks(job, lambda done, total: None)["samples"] == {"sampled": len(ROWS)}
+    with pytest.raises(UserError, match=f"sampled cannot be run: its generation_kwargs ask for {said}"):
+        check_tasks({**job, "engine": {"name": "vllm"}}, lambda done, total: None)
+
+
+def test_a_simulated_arm_is_served_as_it_would_ship(
+    checkpoint: Path, environment: Path, folder: Path, tmp_path: Path
+) -> None:
+    form = {"scheme": "int8-int4", "target": "cpu", "group_size": 32, "skip": []}
+    names = [str(folder / f"{name}.yaml") for name in ("choices", "writes")]
+    job = {"model": str(checkpoint), "dtype": "float32", "simulate": form, "tasks": {"names": names, "batch_size": 1}}
+    (tmp_path / "served.served.1000000000").mkdir()  # of a process that is gone
+    found = []
+    for name, engine in (("plain", None), ("served", describe(find_vllm()))):
+        path = tmp_path / f"{name}.parquet"
+        benchmark({**job, "engine": engine, "task_rows": str(path)}, lambda done, total: None)
+        found.append(load_rows(path))
+    _same(*found)
+    assert {path.name for path in tmp_path.iterdir()} == {"plain.parquet", "served.parquet", "served.vllm.log"}
+    other = describe(find_vllm()) | {"version": "0.22.0", "packages": {"vllm": "0.22.0"}}
+    with pytest.raises(UserError, match=r"vllm 0\.23\.0, torchao 0\.18\.0, and the other arms' tasks ran with vllm 0\.22\.0"):
+        benchmark({**job, "engine": other, "task_rows": str(tmp_path / "x.parquet")}, lambda done, total: None)
