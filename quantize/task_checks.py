@@ -221,8 +221,8 @@ def _not_greedy(task: Any) -> str | None:
         if odd:
             values = ", ".join(f"{name}: {asked[name]}" for name in odd)
             return (
-                f"its generation_kwargs ask for {values}, and with eval.engine=vllm answers are the greedy ones; run it "
-                "with eval.engine=transformers"
+                f"its generation_kwargs ask for {values}, and with eval.engine=vllm answers are the greedy ones; run "
+                "it with eval.engine=transformers"
             )
     return None
 

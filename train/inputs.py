@@ -71,9 +71,7 @@ def check_engine(config: RunConfig) -> None:
     if config.eval.engine != "vllm" or not config.eval.tasks:
         return
     from quantize.schemes import find_scheme
-    from quantize.serving.engine import refuse_unserved
-    from quantize.serving.environment import find_vllm
-    from train.plan import device_here
+    from quantize.serving.engine import find_engine, refuse_unserved
 
     lines: list[str] = []
     if config.scheme_name is not None:
@@ -83,13 +81,9 @@ def check_engine(config: RunConfig) -> None:
         except UserError as error:
             lines += error.lines
     try:
-        find_vllm()
+        find_engine(config.eval.engine)
     except UserError as error:
-        lines += [f"eval.engine=vllm: {line}" for line in error.lines]
-    if device_here() != "cuda":
-        lines.append(
-            "eval.engine=vllm: it needs an NVIDIA GPU, and no driver was found; set eval.engine=transformers"
-        )
+        lines += error.lines
     if lines:
         raise UserError(*lines)
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from quantize.errors import UserError
+from quantize.hardware import has_nvidia_driver
 from quantize.names import is_kept
 from quantize.schemes import find_scheme
 from train.config import RunConfig
@@ -291,11 +292,7 @@ def _train_bytes(config: RunConfig, device: str) -> int:
 
 def device_here() -> str:
     """ "cuda" or "cpu", as far as can be told without torch."""
-    return "cuda" if _has_nvidia() else "cpu"
-
-
-def _has_nvidia() -> bool:
-    return Path("/dev/nvidiactl").exists() or Path("/proc/driver/nvidia/version").exists()
+    return "cuda" if has_nvidia_driver() else "cpu"
 
 
 def _free_memory(device: str) -> int | None:

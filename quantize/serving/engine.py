@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantize.errors import UserError
+from quantize.hardware import has_nvidia_driver
 from quantize.schemes import Scheme, Target
 from quantize.serving.environment import Vllm, find_vllm
 
@@ -18,9 +19,20 @@ def find_engine(name: str) -> dict[str, Any] | None:
     which the run's own packages tell.
 
     Raises:
-        UserError: it is not installed.
+        UserError: it is not installed, or this machine has no GPU for it.
     """
-    return describe(find_vllm()) if name == "vllm" else None
+    if name != "vllm":
+        return None
+    lines: list[str] = []
+    try:
+        found = describe(find_vllm())
+    except UserError as error:
+        lines += [f"eval.engine=vllm: {line}" for line in error.lines]
+    if not has_nvidia_driver():
+        lines.append("eval.engine=vllm: it needs an NVIDIA GPU, and no driver was found; use eval.engine=transformers")
+    if lines:
+        raise UserError(*lines)
+    return found
 
 
 def describe(vllm: Vllm) -> dict[str, Any]:
@@ -58,6 +70,6 @@ def refuse_unserved(scheme: Scheme, targets: Sequence[Target]) -> None:
         others = [target.name for target in scheme.targets.values() if not target.vllm]
         hint = f"set quantize.target={' or '.join(others)}, or " if others else ""
         raise UserError(
-            f"eval.engine=vllm: vLLM does not run {scheme.name} for {names} ({'; '.join(reasons)}); {hint}run the tasks "
-            "with eval.engine=transformers"
+            f"eval.engine=vllm: vLLM does not run {scheme.name} for {names} ({'; '.join(reasons)}); {hint}run the "
+            "tasks with eval.engine=transformers"
         )

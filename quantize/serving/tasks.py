@@ -55,7 +55,8 @@ class ServedLM(HFLM):
         TemplateLM.__init__(self)  # HFLM's own would load a model
         self.server, self.decoding = server, dict(decoding)
         self.tokenizer = configure_pad_token(tokenizer)
-        self.backend, self.truncation, self.chat_template_args = "causal", False, {}
+        self.backend, self.truncation = "causal", False
+        self.chat_template_args: dict[str, Any] = {}
         self.add_bos_token = self.custom_prefix_token_id = self.enable_thinking = self.think_end_token = None
         self._max_length = context - SERVER_RESERVES
         self.batch_size_per_gpu = _AT_ONCE  # windows of a text
@@ -102,8 +103,8 @@ class ServedLM(HFLM):
         """A server that has memory for less than the model's context must not cut what transformers would not."""
         if tokens > self.server.max_length:
             raise UserError(
-                f"eval.engine=vllm: a request has {tokens} tokens, and vLLM serves this model with {self.server.max_length}"
-                " (its GPU memory or the model's config allows no more); free memory (nvidia-smi), or run the tasks "
+                f"eval.engine=vllm: a request has {tokens} tokens, and vLLM serves this model with "
+                f"{self.server.max_length} (its GPU memory or the model's config allows no more); free memory (nvidia-smi), or run the tasks "
                 "with eval.engine=transformers"
             )
 
@@ -150,10 +151,11 @@ def served_lm(
     model, rows = Path(job["model"]), Path(job["task_rows"])
     context = context_length(model, tokenizer, trust_remote_code=trust)
     with _checkpoint(job, rows, convert) as folder:
-        check_folder(folder, vllm)
-        # What is as large as memory allows of the model's context; a request that is longer is refused.
-        arguments = ["--max-model-len", "auto", *(["--dtype", job["dtype"]] if folder == model and job.get("dtype") else [])]
-        arguments += ["--trust-remote-code"] if trust else []
+        checked = check_folder(folder, vllm, chat=False, trust_remote_code=trust)
+        _free_memory()
+        # As much of the model's context as memory allows; a request that is longer is refused.
+        arguments = [*checked.arguments, "--max-model-len", "auto"]
+        arguments += ["--dtype", job["dtype"]] if checked.scheme is None and job.get("dtype") else []
         with serving(folder, vllm, log=rows.with_suffix(".vllm.log"), arguments=arguments) as server:
             yield ServedLM(server, tokenizer, context, greedy_decoding(model, trust_remote_code=trust))
 
@@ -172,8 +174,9 @@ def _checkpoint(job: Mapping[str, Any], rows: Path, convert: Callable[[Mapping[s
     keys = ("dtype", "grid", "trust_remote_code")
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        convert({"source": job["model"], "output": str(folder), **{key: job.get(key) for key in keys}, **job["simulate"]})
-        _free_memory()
+        convert(
+            {"source": job["model"], "output": str(folder), **{key: job.get(key) for key in keys}, **job["simulate"]}
+        )
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -187,7 +190,7 @@ def _remove_left(rows: Path) -> None:
 
 
 def _free_memory() -> None:
-    """Gives the GPU memory of the conversion back before the server asks what is free."""
+    """Gives the GPU memory of what this process did before back: the server takes what is free."""
     import gc
 
     import torch

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fake_vllm import make_environment
-from tiny_models import save_plain, tiny_model
+from tiny_models import tiny_model
 
 from quantize.errors import UserError
 from quantize.serving import client
@@ -27,7 +27,11 @@ from train.models import byte_tokenizer
 CONTEXT = 96
 WORDS = ("cat", "stone", "river", "ox", "window")
 ROWS = [
-    {"question": f"spell {word}", "choices": [" ".join(word), " ".join(reversed(word)), word, "a"], "answer": number % 2}
+    {
+        "question": f"spell {word}",
+        "choices": [" ".join(word), " ".join(reversed(word)), word, "a"],
+        "answer": number % 2,
+    }
     for number, word in enumerate(WORDS)
 ]
 COMMON = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}}, "test_split": "test"}
@@ -45,8 +49,9 @@ TASKS: dict[str, dict[str, Any]] = {
         "output_type": "loglikelihood",
         "doc_to_text": "{{question}} ",
         "doc_to_target": "{{choices[answer]}}",
-        "metric_list": [{"metric": name, "aggregation": name if name == "perplexity" else "mean"}
-                        for name in ("acc", "perplexity")],
+        "metric_list": [
+            {"metric": name, "aggregation": name if name == "perplexity" else "mean"} for name in ("acc", "perplexity")
+        ],
     },
     "text": {  # longer than the context, so that it is read in windows
         "output_type": "loglikelihood_rolling",
@@ -195,16 +200,19 @@ def test_examples_and_the_chat_template_are_those_of_transformers(
     assert served[0].prompt.count("[u]") == 2
 
 
-def test_stop_strings_end_an_answer(
-    model: Any, server: Server, checkpoint: Path, folder: Path, written: str
-) -> None:
-    for stop, tokenizer in ((written[4:6], byte_tokenizer()), (written[3], _with_special(byte_tokenizer(), written[3]))):
+def test_stop_strings_end_an_answer(model: Any, server: Server, checkpoint: Path, folder: Path, written: str) -> None:
+    for stop, tokenizer in (
+        (written[4:6], byte_tokenizer()),
+        (written[3], _with_special(byte_tokenizer(), written[3])),
+    ):
         kwargs = {"until": ["never", stop], "max_gen_toks": 12}
         _write(folder, "stops", TASKS["writes"] | {"generation_kwargs": kwargs})
         settings = Settings([str(folder / "stops.yaml")], batch_size=1)
         plain, served = _both(model, server, checkpoint, tokenizer, settings)
         _same(plain, served)
-        assert served[0].response == written.split(stop)[0].replace(written[3], "" if stop == written[3] else written[3])
+        assert served[0].response == written.split(stop)[0].replace(
+            written[3], "" if stop == written[3] else written[3]
+        )
 
 
 def test_of_two_tokens_that_are_as_likely_one_is_the_greedy_one() -> None:
@@ -216,9 +224,7 @@ def test_of_two_tokens_that_are_as_likely_one_is_the_greedy_one() -> None:
     assert _result(client.Score([-1.0, -9999.0], [1, 2], [0.0, 0.0]), [2]) == (-torch.inf, True)
 
 
-def test_a_request_that_a_short_server_would_cut_is_refused(
-    server: Server, checkpoint: Path, folder: Path
-) -> None:
+def test_a_request_that_a_short_server_would_cut_is_refused(server: Server, checkpoint: Path, folder: Path) -> None:
     short = replace(server, max_length=40)
     for name, tokens in (("text", 96), ("long", 94)):
         settings = Settings([str(folder / f"{name}.yaml")])
@@ -252,7 +258,7 @@ def test_a_task_that_is_not_decoded_greedily_is_refused_before_anything_is_train
 def test_a_simulated_arm_is_served_as_it_would_ship(
     checkpoint: Path, environment: Path, folder: Path, tmp_path: Path
 ) -> None:
-    form = {"scheme": "int8-int4", "target": "cpu", "group_size": 32, "skip": []}
+    form = {"scheme": "int8", "target": "cuda", "group_size": None, "skip": []}
     names = [str(folder / f"{name}.yaml") for name in ("choices", "writes")]
     job = {"model": str(checkpoint), "dtype": "float32", "simulate": form, "tasks": {"names": names, "batch_size": 1}}
     (tmp_path / "served.served.1000000000").mkdir()  # of a process that is gone
@@ -264,5 +270,7 @@ def test_a_simulated_arm_is_served_as_it_would_ship(
     _same(*found)
     assert {path.name for path in tmp_path.iterdir()} == {"plain.parquet", "served.parquet", "served.vllm.log"}
     other = describe(find_vllm()) | {"version": "0.22.0", "packages": {"vllm": "0.22.0"}}
-    with pytest.raises(UserError, match=r"vllm 0\.23\.0, torchao 0\.18\.0, and the other arms' tasks ran with vllm 0\.22\.0"):
+    with pytest.raises(
+        UserError, match=r"vllm 0\.23\.0, torchao 0\.18\.0, and the other arms' tasks ran with vllm 0\.22\.0"
+    ):
         benchmark({**job, "engine": other, "task_rows": str(tmp_path / "x.parquet")}, lambda done, total: None)

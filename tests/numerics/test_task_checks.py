@@ -402,7 +402,9 @@ def test_one_choice_without_a_number_is_an_overflow(worst: float, finite: bool) 
 def test_the_metrics_after_the_first_are_kept(tmp_path: Path) -> None:
     names = [_write(tmp_path), _write(tmp_path, name="text", **ROLLING)]
     settings = Settings(names=names, batch_size=3)
-    rows = run_tasks(transformers_lm(tiny_model(vocab_size=len(byte_tokenizer())), byte_tokenizer()), load_tasks(settings), settings)
+    rows = run_tasks(
+        transformers_lm(tiny_model(vocab_size=len(byte_tokenizer())), byte_tokenizer()), load_tasks(settings), settings
+    )
     for number, row in enumerate(rows):
         others = json.loads(row.others)
         if row.name == "choices":

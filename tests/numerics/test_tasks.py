@@ -127,7 +127,9 @@ def test_results_equal_log_likelihoods_and_generations_computed_by_hand(scheme: 
 def test_log_likelihoods_of_a_model_in_16_bit_are_summed_in_32(folder: Path) -> None:
     model, tokenizer = _model(None).to(torch.bfloat16), byte_tokenizer()
     settings = replace(_settings(folder, "text"), batch_size=1)
-    for row, read in zip(ROWS, run_tasks(transformers_lm(model, tokenizer), load_tasks(settings), settings), strict=True):
+    for row, read in zip(
+        ROWS, run_tasks(transformers_lm(model, tokenizer), load_tasks(settings), settings), strict=True
+    ):
         ids = tokenizer.encode(row["question"])
         # In bfloat16 a sum of 100 nats is known to half a nat.
         assert read.value == pytest.approx(-_log_likelihood(model, [tokenizer.eos_token_id], ids), abs=2e-3)
@@ -136,7 +138,10 @@ def test_log_likelihoods_of_a_model_in_16_bit_are_summed_in_32(folder: Path) -> 
 def test_a_quantised_model_gives_other_log_likelihoods(folder: Path) -> None:
     settings = _settings(folder, "text")
     values = [
-        [row.value for row in run_tasks(transformers_lm(_model(scheme), byte_tokenizer()), load_tasks(settings), settings)]
+        [
+            row.value
+            for row in run_tasks(transformers_lm(_model(scheme), byte_tokenizer()), load_tasks(settings), settings)
+        ]
         for scheme in (None, "int3")
     ]
     assert all(a != b for a, b in zip(*values, strict=True))
@@ -151,7 +156,10 @@ def test_few_shot_limit_and_chat_template_change_the_prompt(folder: Path) -> Non
     rows = run_tasks(transformers_lm(model, tokenizer), tasks, settings)
     assert len(rows) == 2
     assert rows[0].prompt.count("[user]") == 2 and rows[0].prompt.count("[assistant]") == 1
-    plain = run_tasks(transformers_lm(model, tokenizer), load_tasks(replace(settings, num_fewshot=None)), replace(settings, num_fewshot=None)
+    plain = run_tasks(
+        transformers_lm(model, tokenizer),
+        load_tasks(replace(settings, num_fewshot=None)),
+        replace(settings, num_fewshot=None),
     )
     assert plain[0].prompt == "[user]Q: spell cat\nA:"
 
