@@ -104,8 +104,8 @@ class ServedLM(HFLM):
         if tokens > self.server.max_length:
             raise UserError(
                 f"eval.engine=vllm: a request has {tokens} tokens, and vLLM serves this model with "
-                f"{self.server.max_length} (its GPU memory or the model's config allows no more); free memory (nvidia-smi), or run the tasks "
-                "with eval.engine=transformers"
+                f"{self.server.max_length} (its GPU memory or the model's config allows no more); free memory "
+                "(nvidia-smi), or run the tasks with eval.engine=transformers"
             )
 
 
