@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from quantize.document import Block, Code, Heading, Paragraph
 from quantize.release.source import Release
 from quantize.release.text import export_code
-from quantize.schemes import Target, served_formats
+from quantize.schemes import served_formats
 from quantize.serving.environment import lock_pins
 
 _EXECUTORCH = ("int8-int4", "int8-int4-mobile")
@@ -90,9 +90,8 @@ def _kernels(release: Release) -> list[str]:
 def _vllm(release: Release) -> Iterator[Block]:
     why = _why_not_vllm(release)
     if why:
-        formats = " or ".join(
-            f"{scheme.name} ({target.name})" for scheme, target in served_formats() if _is_plain(target)
-        )
+        plain = [f"{scheme.name} ({target.name})" for scheme, target in served_formats() if "mslk" not in target.needs]
+        formats = f"{', '.join(plain[:-1])} or {plain[-1]}"
         yield Paragraph(f"No command is given: {why}. For vLLM convert the 16-bit weights to {formats}.")
         return
     trust = " --trust-remote-code" if release.own_code else ""
@@ -112,11 +111,6 @@ def _why_not_vllm(release: Release) -> str:
     if release.place is None:
         return "which layout this is is not recorded"
     return f"{release.scheme} for {release.target}: {release.place.vllm}" if release.place.vllm else ""
-
-
-def _is_plain(target: Target) -> bool:
-    """It needs nothing beyond a GPU, and is one that the releases are made for."""
-    return "mslk" not in target.needs and target.dtype is not None
 
 
 def _served_by() -> list[str]:

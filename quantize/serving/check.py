@@ -165,6 +165,9 @@ def _quantised_faults(
     if scheme is not None and target is not None and target.vllm:
         yield f"{folder} is {scheme.name} for {target.name}: {target.vllm}. {_instead(folder, scheme, target)}"
         return
+    if not any(weight.quantised for weight in weights.values()):
+        yield f"{folder}: config.json says torchao, but no weight in its files is quantised; convert it again"
+        return
     yield from _reading_faults(folder, kind["default"], weights, vllm)
     yield from (f"{folder}: {fault}" for fault in find_faults(weights, settings))
     wants_mslk = target is not None and "mslk" in target.needs
@@ -186,9 +189,6 @@ def _reading_faults(
         )
         return
     classes = sorted({weight.kind for weight in weights.values() if weight.quantised})
-    if not classes:
-        yield f"{folder}: config.json says torchao, but no weight in its files is quantised; convert it again"
-        return
     faults = _faults_there(vllm, config, classes) if _is_other(vllm) else reading.faults_of(config, classes)
     if faults:
         wrote = (read_record(folder).get("versions") or {}).get("torchao", "another version")

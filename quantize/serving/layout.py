@@ -15,12 +15,8 @@ from typing import Any
 
 from quantize.errors import UserError
 from quantize.files import read_mapping
+from quantize.names import fused_names
 
-FUSED: Mapping[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
-"""vLLM's name of a layer -> those that it joins into one matrix."""
 _TABLES = re.compile(r"embed|^(wte|wpe|lm_head|output_projection)$")
 """Last parts of names that are no linear layers to vLLM: tables of tokens and positions, and the head."""
 _PLAIN = "Tensor"
@@ -202,17 +198,10 @@ def _layer_faults(linear: Mapping[str, Weight], settings: Mapping[str, Any]) -> 
 
 def _layers(linear: Mapping[str, Weight]) -> Iterator[tuple[str, Sequence[str]]]:
     """(vLLM's name, names in the file) of each layer."""
-    done = set[str]()
-    for name in linear:
-        above, _, last = name.rpartition(".")
-        for fused, parts in FUSED.items():
-            members = [f"{above}.{part}" for part in parts]
-            if last in parts and all(member in linear for member in members):
-                if members[0] not in done:
-                    yield f"{above}.{fused}", members
-                done.update(members)
-        if name not in done:
-            yield name, (name,)
+    fused = fused_names(list(linear))
+    parts = {part for members in fused.values() for part in members}
+    yield from fused.items()
+    yield from ((name, (name,)) for name in linear if name not in parts)
 
 
 def _leaf(name: str) -> str:
