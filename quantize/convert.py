@@ -19,6 +19,7 @@ from quantize.calibrate import Recipe, choose_by
 from quantize.errors import UserError
 from quantize.grid import GridFile, load_grid, quantised_weights
 from quantize.layers import Coverage, embedding_name, find_weight, select_layers, untie, weight_key
+from quantize.names import fused_names
 from quantize.numerics import Quantised
 from quantize.record import write_record
 from quantize.release.base_model import find_base
@@ -74,21 +75,21 @@ def torchao_config(
     """Keyword arguments of transformers' TorchAoConfig for the covered layers: what config.json says of the weights.
 
     A layer that does not fit is named out rather than left to the library, which would skip it in silence or fail; so
-    are fused experts, which the library only takes by name.
+    are fused experts, which the library only takes by name. vLLM looks modules up here, and some under the name of the
+    layer that it makes of several.
     """
     from torchao.quantization import FqnToConfig
 
     embedding = embedding_name(model)
-    keys = [weight_key(model, name) for name in coverage.layers]
-    fused = [name for name, key in zip(coverage.layers, keys, strict=True) if name == key]
+    by_name = any(weight_key(model, name) == name for name in coverage.layers)  # matrices of fused experts
     uneven = [name for name in coverage.skipped if name.rsplit(".", 1)[-1] not in scheme.skip]
-    if not uneven and not fused and scheme.embedding is None:
+    if not uneven and not by_name and scheme.embedding is None:
         return {"quant_type": target.config(group_size)}
     entries: OrderedDict[str, Any] = OrderedDict()
     if scheme.embedding is not None:
-        entries[f"{embedding}.weight"] = scheme.embedding.config(None)
-    for key in keys:
-        entries[key] = target.config(group_size)
+        entries[embedding] = scheme.embedding.config(None)
+    for name in (*coverage.layers, *fused_names(coverage.layers)):
+        entries[name] = target.config(group_size)
     return {
         "quant_type": FqnToConfig(entries),
         "include_input_output_embeddings": scheme.embedding is not None,

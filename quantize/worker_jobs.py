@@ -5,6 +5,8 @@ request. Large libraries are imported where they are used.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -296,11 +298,9 @@ def convert(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dic
     return {"coverage": coverage.as_dict()} | {key: record[key] for key in ("notes", "calibration") if record[key]}
 
 
-def executorch(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Exports one quantised checkpoint: see `quantize.export.executorch`, whose packages this process must see."""
-    from quantize.export.executorch import export
-
-    return export(job, progress)
+def _elsewhere(module: str, name: str, job: Mapping[str, Any], progress: Callable[[int, int], None]) -> Any:
+    """A job whose body is a function of a module of its own."""
+    return getattr(import_module(module), name)(job, progress)
 
 
 def repack(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> None:
@@ -323,7 +323,8 @@ KINDS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "sensitivity": sensitivity,
         "tasks": check_tasks,
         "benchmark": benchmark,
-        "executorch": executorch,
+        "executorch": partial(_elsewhere, "quantize.export.executorch", "export"),
+        "greedy": partial(_elsewhere, "quantize.serving.agreement", "by_transformers"),
     }
 )
 """Kind of job -> what does it, given the job and progress(done, total)."""

@@ -19,6 +19,7 @@ from quantize.convert import convert_checkpoint, load_plain, quantise_
 from quantize.errors import UserError
 from quantize.grid import load_grid, quantise_weight, save_grid
 from quantize.layers import select_layers
+from quantize.names import fused_names
 from quantize.packed import pack_bits, pack_folder, unpack_bits, unpack_folder
 from quantize.record import RECORD
 from quantize.schemes import SCHEMES
@@ -167,9 +168,10 @@ def test_config_json_is_what_vllm_reads(scheme: str, target: str, tmp_path: Path
             assert repr(config) == repr(wanted)
             continue
         assert type(config).__name__ == "FqnToConfig"
-        expected = {f"{name}.weight": repr(wanted) for name in coverage.layers}
+        expected = {name: repr(wanted) for name in (*coverage.layers, *fused_names(coverage.layers))}
+        assert {name.rsplit(".", 1)[-1] for name in expected} >= {"qkv_proj", "gate_up_proj", "o_proj"}
         if chosen.embedding is not None:
-            expected["model.embed_tokens.weight"] = repr(chosen.embedding.config(None))
+            expected["model.embed_tokens"] = repr(chosen.embedding.config(None))
         assert {name: repr(each) for name, each in config.fqn_to_config.items()} == expected
 
 
