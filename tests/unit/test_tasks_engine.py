@@ -128,6 +128,7 @@ def test_an_engine_without_tasks_is_refused_by_eval(tmp_path: Path) -> None:
 
 
 def test_a_server_ends_when_its_starter_is_killed_outright(here: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 64}')
     code = (
         "import sys, time; from pathlib import Path; from quantize.serving.environment import find_vllm\n"
         "from quantize.serving.server import serving\n"
