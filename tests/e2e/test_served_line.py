@@ -25,6 +25,7 @@ def _in_this_process(jobs: list[dict[str, Any]], *_: Any, **__: Any) -> list[Any
     return json.loads(json.dumps([KINDS[job["kind"]](job, lambda done, total: None) for job in jobs]))
 
 
+@pytest.mark.slow
 def test_tasks_of_a_run_are_served_and_never_taken_from_the_other_engine(
     runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

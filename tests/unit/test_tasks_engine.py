@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,15 +18,21 @@ from fake_vllm import make_environment
 from quantize.compare_findings import arithmetic
 from quantize.errors import UserError
 from quantize.evidence import _how_run
-from quantize.folder_eval.models import Asked
+from quantize.finish import _check_engine
+from quantize.folder_eval.models import Asked, Plan, _with_engine
+from quantize.folder_eval.sources import Model
 from quantize.folder_eval.study import evaluate
+from quantize.folder_eval.work import _stored_rows
 from quantize.jobs import Jobs
 from quantize.run_report import _task_settings, _versions
 from quantize.schemes import SCHEMES
 from quantize.serving import engine
+from quantize.tasks import Row, save_rows
 from train.config_loading import load_config
 from train.inputs import missing_inputs
 from train.plan import estimate
+from train.stage_log import Format
+from train.stages import Stages
 
 TASKS = "--eval.tasks=examples/tasks/choices.yaml"
 VLLM = "--eval.engine=vllm"
@@ -120,6 +127,42 @@ def test_runs_whose_tasks_ran_in_two_engines_are_told_apart() -> None:
     assert arithmetic([run(None), run(None)]) == "" == arithmetic([run("vLLM 0.23.0"), run("vLLM 0.23.0")])
     assert "engine of the tasks (transformers; vLLM 0.23.0)" in arithmetic([run(None), run("vLLM 0.23.0")])
     assert arithmetic([run("vLLM 0.23.0"), SimpleNamespace(place=run(None).place, tasks=[])]) == ""
+
+
+def test_what_ships_must_run_here_and_in_vllm_before_anything_is_trained(here: Path) -> None:
+    config = load_config("tiny.yaml", (VLLM, TASKS, "--qat=int4", "--quantize.target=cuda-sm80"))
+    scheme = SCHEMES["int4"]
+    target = scheme.targets["cuda-sm80"]
+    missing = SimpleNamespace(config=config, format=Format(scheme, target, 32, (), ("a CUDA GPU",)))
+    with pytest.raises(
+        UserError, match=r"what ships cannot be run here: this machine lacks a CUDA GPU; set eval\.engine"
+    ):
+        Stages._engine(missing)  # type: ignore[arg-type]
+    runs = SimpleNamespace(config=config, format=Format(scheme, target, 32, (), ()))
+    assert Stages._engine(runs) == FOUND  # type: ignore[arg-type]
+    _check_engine(_jobs(FOUND), scheme, target)
+    with pytest.raises(UserError, match="vLLM does not run int8 for cpu"):  # a run that is finished for that
+        _check_engine(_jobs(FOUND), SCHEMES["int8"], SCHEMES["int8"].targets["cpu"])
+
+
+def test_eval_pairs_nothing_with_results_of_a_run_in_the_other_engine(here: Path, tmp_path: Path) -> None:
+    row = Row("x", "x", 0, "h", "acc", 1.0, 1.0, True, "p", "t", "r")
+    base = Model(id="base", name="base", folder=tmp_path, dtype=None, computes_in="float32", stored=tmp_path)
+    save_rows([row], tmp_path / "eval" / "base.tasks.parquet")
+    plan = Plan(
+        title="run", model=replace(base, stored=None), references=[base], data=tmp_path, samples=1, output=tmp_path,
+        run_engine=FOUND,
+    )  # fmt: skip
+    own = _with_engine(plan, Asked(source="run", tasks=["x"]))  # that of the run
+    assert own.engine == FOUND and not own.notes and list(_stored_rows(own, [row])) == ["base"]
+    other = _with_engine(plan, Asked(source="run", tasks=["x"], engine="transformers"))
+    assert other.engine is None and _stored_rows(other, [row]) == {}
+    assert other.notes == [
+        "Tasks run in transformers here, in vLLM 0.23.0 in the run: with its arms they make no pairs."
+    ]
+    simulated = replace(plan, model=replace(base, simulate={"scheme": "int8"}))
+    with pytest.raises(UserError, match="vLLM runs no simulation"):
+        _with_engine(simulated, Asked(source="run", tasks=["x"]))
 
 
 def test_an_engine_without_tasks_is_refused_by_eval(tmp_path: Path) -> None:
