@@ -91,7 +91,8 @@ class Engine:
             self.defaults = json.loads(generation.read_text())
 
     def load(self, options: argparse.Namespace) -> None:
-        """Reads the folder as the real one does."""
+        """Reads the folder as the real one does; without two libraries that transformers imports for nothing here."""
+        sys.modules.update(dict.fromkeys(("sklearn", "scipy")))  # type: ignore[arg-type]
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
