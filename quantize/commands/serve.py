@@ -69,15 +69,14 @@ def run(options: argparse.Namespace) -> None:
     if options.setup:
         _set_up(options.env)
         return
-    if options.source is None:
-        raise UserError("say which run or folder to serve: quantize serve RUN_OR_FOLDER")
+    _refuse_odd(options)
     folder, name = _find(options.source, options.root)
-    vllm = find_vllm(options.env)
+    vllm = _for_another_machine() if options.dry_run and options.env is None else find_vllm(options.env)
     chat = not options.completions_only and not options.check and not _gives(options.further, "--chat-template")
     trust = options.trust_remote_code or _gives(options.further, "--trust-remote-code")
     served = check_folder(folder, vllm, chat=chat, trust_remote_code=trust, name=name)
     command = _command(served, vllm, options)
-    if options.dry_run:
+    if options.dry_run or vllm is None:
         print(shlex.join(command))
         return
     _look_at_gpu(served)
@@ -89,6 +88,27 @@ def run(options: argparse.Namespace) -> None:
         print(f"{folder} as {name} at http://{options.host}:{options.port}/v1, vLLM {vllm.version}", file=sys.stderr)
         sys.stderr.flush()
         os.execve(vllm.executable, command, vllm.environment())  # signals and the exit code are vLLM's own
+
+
+def _refuse_odd(options: argparse.Namespace) -> None:
+    if options.source is None:
+        raise UserError("say which run or folder to serve: quantize serve RUN_OR_FOLDER")
+    if options.data is not None and not options.check:
+        raise UserError("--data is what --check compares on; say --check, too")
+    for name in ("samples", "tokens"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)}: give a number from 1 on")
+
+
+def _for_another_machine() -> Vllm | None:
+    """The vLLM of here, for a command that is only printed; None = there is none, which is said."""
+    from quantize.serving.environment import find_vllm
+
+    try:
+        return find_vllm()
+    except UserError as error:
+        print(f"note: {error}", file=sys.stderr)
+        return None
 
 
 def _set_up(folder: Path | None) -> None:
@@ -126,11 +146,11 @@ def _gives(further: Sequence[str], option: str) -> bool:
     return any(word == option or word.startswith(f"{option}=") for word in further)
 
 
-def _command(served: Served, vllm: Vllm, options: argparse.Namespace) -> list[str]:
+def _command(served: Served, vllm: Vllm | None, options: argparse.Namespace) -> list[str]:
     """What serves; the user's own arguments come last, and win."""
     return [
-        str(vllm.executable), "serve", str(served.folder), "--served-model-name", served.name, "--host", options.host,
-        "--port", str(options.port), *served.arguments, *options.further,
+        str(vllm.executable) if vllm else "vllm", "serve", str(served.folder), "--served-model-name", served.name,
+        "--host", options.host, "--port", str(options.port), *served.arguments, *options.further,
     ]  # fmt: skip
 
 

@@ -88,8 +88,11 @@ def test_no_vllm_names_the_command(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ONGRID_VLLM", str(run / "none"))
-    assert main(["serve", str(run), "--dry-run"]) == 2
+    assert main(["serve", str(run)]) == 2
     assert "make one with: quantize serve --setup" in capsys.readouterr().err
+    assert main(["serve", str(run), "--dry-run"]) == 0  # the command is for another machine
+    told = capsys.readouterr()
+    assert told.out.startswith(f"vllm serve {run / 'quantized'} ") and told.err.startswith("note: $ONGRID_VLLM")
 
 
 def test_what_is_missing_is_said(vllm: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,6 +101,8 @@ def test_what_is_missing_is_said(vllm: Path, run: Path, tmp_path: Path, capsys: 
         return capsys.readouterr().err
 
     assert "say which run or folder to serve" in said()
+    assert "--data is what --check compares on" in said(str(run), "--data", "x.txt")
+    assert "--tokens 0: give a number from 1 on" in said(str(run), "--check", "--tokens", "0")
     assert "nope is neither a run nor a folder with a config.json" in said("nope")
     (run / "quantized").rename(run / "elsewhere")
     assert "no finished training yet" in said(str(run))
