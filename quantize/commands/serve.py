@@ -71,9 +71,17 @@ def run(options: argparse.Namespace) -> None:
         return
     _refuse_odd(options)
     folder, name = _find(options.source, options.root)
-    vllm = _for_another_machine() if options.dry_run and options.env is None else find_vllm(options.env)
     chat = not options.completions_only and not options.check and not _gives(options.further, "--chat-template")
     trust = options.trust_remote_code or _gives(options.further, "--trust-remote-code")
+    vllm: Vllm | None = None
+    try:
+        vllm = find_vllm(options.env)
+    except UserError as error:
+        # First what no installation would change: whether vLLM takes this folder at all.
+        check_folder(folder, chat=chat, trust_remote_code=trust)
+        if not options.dry_run or options.env is not None:
+            raise
+        print(f"note: {error}", file=sys.stderr)
     served = check_folder(folder, vllm, chat=chat, trust_remote_code=trust, name=name)
     command = _command(served, vllm, options)
     if options.dry_run or vllm is None:
@@ -98,17 +106,6 @@ def _refuse_odd(options: argparse.Namespace) -> None:
     for name in ("samples", "tokens"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: give a number from 1 on")
-
-
-def _for_another_machine() -> Vllm | None:
-    """The vLLM of here, for a command that is only printed; None = there is none, which is said."""
-    from quantize.serving.environment import find_vllm
-
-    try:
-        return find_vllm()
-    except UserError as error:
-        print(f"note: {error}", file=sys.stderr)
-        return None
 
 
 def _set_up(folder: Path | None) -> None:

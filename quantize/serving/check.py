@@ -230,7 +230,7 @@ def _instead(folder: Path, scheme: Scheme, target: Target) -> str:
     named = source if (source / "config.json").is_file() else read_record(folder).get("source") or "16_BIT_MODEL"
     return (
         f"Convert the 16-bit weights: quantize convert {named} --scheme {chosen[0].name} --target {chosen[1].name} "
-        "--output NEW"
+        f"--output NEW; a run that is trained for it has --qat {chosen[0].name}"
     )
 
 

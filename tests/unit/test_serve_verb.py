@@ -92,6 +92,9 @@ def test_no_vllm_names_the_command(
     assert "make one with: quantize serve --setup" in capsys.readouterr().err
     assert main(["serve", str(run), "--dry-run"]) == 0  # the command is for another machine
     told = capsys.readouterr()
+    (run / "quantized" / "tokenizer.json").unlink()
+    assert main(["serve", str(run)]) == 2  # no installation would change this
+    assert "has no tokenizer" in capsys.readouterr().err
     assert told.out.startswith(f"vllm serve {run / 'quantized'} ") and told.err.startswith("note: $ONGRID_VLLM")
 
 
