@@ -148,3 +148,10 @@ def test_a_check_needs_text(
 def test_only_serve_passes_words_on() -> None:
     assert serve.PASSES_ON
     assert main(["schemes", "--", "--max-model-len"]) == 2  # the name of a scheme, as it was
+
+
+def test_the_formats_say_what_vllm_loads(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schemes", "fp8", "int8-int4"]) == 0
+    fp8, phones = capsys.readouterr().out.split("\nint8-int4: ")
+    assert fp8.count("    vLLM: loads it as it is (quantize serve)") == 2
+    assert phones.count("    vLLM: no, it is for phones and CPUs: ") == 3
