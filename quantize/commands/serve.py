@@ -119,8 +119,7 @@ def _set_up(folder: Path | None) -> None:
 
 def _find(source: str, root: str) -> tuple[Path, str]:
     """The folder to serve, and what its model is called: as the run is, or the folder."""
-    from quantize.runs import find_run, finish_command
-    from quantize.runs import read_gathered as gathered_of
+    from quantize.runs import find_run, finish_command, read_gathered
 
     run = find_run(source, root)
     if run is None:
@@ -130,7 +129,7 @@ def _find(source: str, root: str) -> tuple[Path, str]:
         return folder, folder.resolve().name
     if (run / "quantized" / "config.json").is_file():
         return run / "quantized", run.resolve().name
-    chosen = gathered_of(run)["format"]
+    chosen = read_gathered(run)["format"]
     if chosen is None:
         raise UserError(f"{run} quantises nothing; serve its 16-bit weights: quantize serve {run / 'merged'}")
     raise UserError(
