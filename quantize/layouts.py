@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from quantize.numerics import Numbers, Quantised
 
 INTX_GROUPS = (32, 64, 128, 256)
-_PHONES = "it is for phones and CPUs: vLLM has no kernel for it, and on a GPU it is slower than 16 bit"
-_RESTORED = "vLLM has no kernel for Intx: it would restore 16 bit for every product, slower than 16 bit is"
-FOR_CPUS = "it is for CPUs, and vLLM serves on GPUs: the target cuda is the one for it"
+_PHONES = "it is for phones and CPUs: it has no kernel there, and on a GPU it is slower than 16 bit"
+_RESTORED = "it has no kernel there: 16 bit would be restored for every product, which is slower than 16 bit"
+FOR_CPUS = "it is for CPUs, and vLLM serves on GPUs, in the layout of the target cuda"
 
 
 def numbers_of(module: str, name: str) -> Callable[[], Numbers]:

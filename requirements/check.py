@@ -91,6 +91,9 @@ def parse_lock(path: Path) -> tuple[dict[str, str], list[str]]:
 def roots(lock: Path) -> list[Requirement]:
     """What the project itself asks of `lock`, from pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    if lock == VLLM_LOCK:
+        ours = {requirement.name: requirement for requirement in map(Requirement, project["dependencies"])}
+        return [ours[name] if exact is None else Requirement(f"{name}=={exact}") for name, exact in VLLM_ROOTS.items()]
     lines = [*project["dependencies"], *BESIDES]
     for extra in EXTRAS[lock]:
         lines += project["optional-dependencies"][extra]
@@ -144,18 +147,11 @@ def check_form(lock: Path) -> list[str]:
     return faults + check_ranges(lock, pins, (("ongrid", requirement) for requirement in roots(lock)))
 
 
-def check_vllm() -> list[str]:
-    """Faults of the lock of vLLM's environment: its form, its roots, and that the package ships the same list."""
-    pins, faults = parse_lock(VLLM_LOCK)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    ours = {requirement.name: requirement for requirement in map(Requirement, project["dependencies"])}
-    asked = [
-        ours[name] if version is None else Requirement(f"{name}=={version}") for name, version in VLLM_ROOTS.items()
-    ]
-    faults += check_ranges(VLLM_LOCK, pins, (("ongrid", requirement) for requirement in asked))
-    if SHIPPED.read_bytes() != VLLM_LOCK.read_bytes():
-        faults.append(f"{SHIPPED.relative_to(ROOT)} is not the same list as {VLLM_LOCK.relative_to(ROOT)}: copy it")
-    return faults
+def check_shipped() -> list[str]:
+    """Whether the package ships the list of vLLM's environment as it is here."""
+    if SHIPPED.read_bytes() == VLLM_LOCK.read_bytes():
+        return []
+    return [f"{SHIPPED.relative_to(ROOT)} is not the same list as {VLLM_LOCK.relative_to(ROOT)}: copy it"]
 
 
 def check_closure(lock: Path) -> list[str]:
@@ -184,7 +180,8 @@ def main(argv: list[str] | None = None) -> int:
     if parser.parse_args(argv).write:
         CPU_LOCK.write_text("".join(f"{name}=={version}\n" for name, version in closure(CPU_LOCK).items()), "utf-8")
         print(f"wrote {CPU_LOCK.relative_to(ROOT)}")
-    faults = [*check_form(CPU_LOCK), *check_form(CUDA_LOCK), *check_closure(CPU_LOCK), *check_vllm()]
+    faults = [fault for lock in (CPU_LOCK, CUDA_LOCK, VLLM_LOCK) for fault in check_form(lock)]
+    faults += [*check_closure(CPU_LOCK), *check_shipped()]
     for fault in faults:
         print(fault, file=sys.stderr)
     print("locks: " + (f"{len(faults)} to mend" if faults else "ok"))

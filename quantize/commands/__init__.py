@@ -29,7 +29,7 @@ EXAMPLES = {
     "convert": "quantize convert RUN/merged --scheme int4 --target cpu --output small",
     "eval": "quantize eval small --data RUN/data/eval.parquet",
     "export": "quantize export RUN",
-    "serve": "quantize serve RUN -- --max-model-len 4096",
+    "serve": "quantize serve RUN --smoke-test",
     "compare": "quantize compare first second",
     "sensitivity": "quantize sensitivity RUN",
     "card": "quantize card small",

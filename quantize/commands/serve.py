@@ -69,15 +69,22 @@ def run(options: argparse.Namespace) -> None:
     if options.setup:
         _set_up(options.env)
         return
-    if options.source is None:
-        raise UserError("say which run or folder to serve: quantize serve RUN_OR_FOLDER")
+    _refuse_odd(options)
     folder, name = _find(options.source, options.root)
-    vllm = find_vllm(options.env)
     chat = not options.completions_only and not options.check and not _gives(options.further, "--chat-template")
     trust = options.trust_remote_code or _gives(options.further, "--trust-remote-code")
+    vllm: Vllm | None = None
+    try:
+        vllm = find_vllm(options.env)
+    except UserError as error:
+        # First what no installation would change: whether vLLM takes this folder at all.
+        check_folder(folder, chat=chat, trust_remote_code=trust)
+        if not options.dry_run or options.env is not None:
+            raise
+        print(f"note: {error}", file=sys.stderr)
     served = check_folder(folder, vllm, chat=chat, trust_remote_code=trust, name=name)
     command = _command(served, vllm, options)
-    if options.dry_run:
+    if options.dry_run or vllm is None:
         print(shlex.join(command))
         return
     _look_at_gpu(served)
@@ -91,6 +98,16 @@ def run(options: argparse.Namespace) -> None:
         os.execve(vllm.executable, command, vllm.environment())  # signals and the exit code are vLLM's own
 
 
+def _refuse_odd(options: argparse.Namespace) -> None:
+    if options.source is None:
+        raise UserError("say which run or folder to serve: quantize serve RUN_OR_FOLDER")
+    if options.data is not None and not options.check:
+        raise UserError("--data is what --check compares on; say --check, too")
+    for name in ("samples", "tokens"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)}: give a number from 1 on")
+
+
 def _set_up(folder: Path | None) -> None:
     from quantize.serving.environment import find_vllm, install, made_folder
 
@@ -102,8 +119,7 @@ def _set_up(folder: Path | None) -> None:
 
 def _find(source: str, root: str) -> tuple[Path, str]:
     """The folder to serve, and what its model is called: as the run is, or the folder."""
-    from quantize.runs import find_run, finish_command
-    from quantize.runs import read_gathered as gathered_of
+    from quantize.runs import find_run, finish_command, read_gathered
 
     run = find_run(source, root)
     if run is None:
@@ -113,7 +129,7 @@ def _find(source: str, root: str) -> tuple[Path, str]:
         return folder, folder.resolve().name
     if (run / "quantized" / "config.json").is_file():
         return run / "quantized", run.resolve().name
-    chosen = gathered_of(run)["format"]
+    chosen = read_gathered(run)["format"]
     if chosen is None:
         raise UserError(f"{run} quantises nothing; serve its 16-bit weights: quantize serve {run / 'merged'}")
     raise UserError(
@@ -126,11 +142,11 @@ def _gives(further: Sequence[str], option: str) -> bool:
     return any(word == option or word.startswith(f"{option}=") for word in further)
 
 
-def _command(served: Served, vllm: Vllm, options: argparse.Namespace) -> list[str]:
+def _command(served: Served, vllm: Vllm | None, options: argparse.Namespace) -> list[str]:
     """What serves; the user's own arguments come last, and win."""
     return [
-        str(vllm.executable), "serve", str(served.folder), "--served-model-name", served.name, "--host", options.host,
-        "--port", str(options.port), *served.arguments, *options.further,
+        str(vllm.executable) if vllm else "vllm", "serve", str(served.folder), "--served-model-name", served.name,
+        "--host", options.host, "--port", str(options.port), *served.arguments, *options.further,
     ]  # fmt: skip
 
 

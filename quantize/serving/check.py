@@ -21,6 +21,8 @@ from quantize.sources import is_known
 
 _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("tekken.json",))
 """Files of which one line must be there."""
+_OLDEST = (7, 5)
+"""Compute capability that vLLM wants for any of torchao's formats."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ def _instead(folder: Path, scheme: Scheme, target: Target) -> str:
     named = source if (source / "config.json").is_file() else read_record(folder).get("source") or "16_BIT_MODEL"
     return (
         f"Convert the 16-bit weights: quantize convert {named} --scheme {chosen[0].name} --target {chosen[1].name} "
-        "--output NEW"
+        f"--output NEW; a run that is trained for it has --qat {chosen[0].name}"
     )
 
 
@@ -245,19 +247,25 @@ def check_gpu(served: Served, capability: str | None, gpu: str) -> None:
     """
     if capability is None or served.target is None or served.scheme is None:
         return
-    here = tuple(int(part) for part in capability.split("."))
-    for need in served.target.needs:
-        name, _, wanted = need.partition(">=")
-        if name == "cuda" and here < tuple(int(part) for part in wanted.split(".")):
-            able = [
-                f"{scheme.name} for {target.name}"
-                for scheme, target in served_formats()
-                if "mslk" not in target.needs and all(
-                    here >= tuple(int(part) for part in each.partition(">=")[2].split(".")) for each in target.needs
-                )
-            ]  # fmt: skip
-            raise UserError(
-                f"{served.folder} is {served.scheme.name} for {served.target.name}, which needs compute capability "
-                f"{wanted} or newer, and {gpu} has {capability}: serve it on a newer GPU"
-                + (f", or convert the 16-bit weights to {' or '.join(able)}" if able else "")
-            )
+    here, needed = _parts(capability), _needed(served.target)
+    if here < needed:
+        able = [
+            f"{scheme.name} for {target.name}"
+            for scheme, target in served_formats()
+            if "mslk" not in target.needs and here >= _needed(target)
+        ]
+        raise UserError(
+            f"{served.folder} is {served.scheme.name} for {served.target.name}, which needs compute capability "
+            f"{'.'.join(map(str, needed))} or newer, and {gpu} has {capability}: serve it on a newer GPU"
+            + (f", or convert the 16-bit weights to {' or '.join(able)}" if able else "")
+        )
+
+
+def _needed(target: Target) -> tuple[int, ...]:
+    """The compute capability that a format needs in vLLM."""
+    asked = (need.partition(">=") for need in target.needs)
+    return max(_OLDEST, *(_parts(version) for name, _, version in asked if name == "cuda"))
+
+
+def _parts(capability: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in capability.split("."))

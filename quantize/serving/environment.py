@@ -123,17 +123,23 @@ def find_python() -> str:
         return sys.executable
     name = ".".join(map(str, _PYTHON))
     found = shutil.which(f"python{name}")
-    if found is None:
-        raise UserError(
-            f"vLLM's exact packages are for Python {name}, this is {sys.version_info[0]}.{sys.version_info[1]} and no "
-            f"python{name} is on PATH; install one (Debian, Ubuntu: apt-get install python{name} python{name}-venv)"
-        )
-    return found
+    if found is not None and _makes_environments(found):
+        return found
+    lacking = f"no python{name} is on PATH" if found is None else f"{found} cannot make an environment (venv)"
+    raise UserError(
+        f"vLLM's exact packages are for Python {name}, this is {sys.version_info[0]}.{sys.version_info[1]}, and "
+        f"{lacking}; install one (Debian, Ubuntu: apt-get install python{name} python{name}-venv)"
+    )
+
+
+def _makes_environments(python: str) -> bool:
+    """Debian splits venv off, and a version manager's stand-in for a Python may lead nowhere."""
+    return subprocess.run([python, "-c", "import venv, ensurepip"], capture_output=True).returncode == 0
 
 
 def install(folder: Path) -> None:
     """Makes an environment with the exact packages of `LOCK` in `folder`, some 10 GB; what an earlier `install` made
-    there is replaced. What a failed one leaves is removed.
+    there is replaced, and comes back where this one fails.
 
     Raises:
         UserError: no Python fits, the folder is another's or cannot be written, or pip cannot install them.
@@ -145,18 +151,30 @@ def install(folder: Path) -> None:
     parent = next(each for each in folder.parents if each.exists())
     if not os.access(parent, os.W_OK):
         raise UserError(f"{parent} cannot be written; name another folder: {COMMAND} --env FOLDER")
-    # Not beside and renamed, as ExecuTorch's packages: the scripts of an environment hold its path.
-    shutil.rmtree(folder, ignore_errors=True)
-    done = False
+    # Made in its place, as the scripts of an environment hold its path; what was there waits beside it.
+    old = folder.with_name(f"{folder.name}.replaced")
+    _bring_back(old, folder)
+    if folder.exists():
+        folder.rename(old)
     try:
+        folder.mkdir(parents=True)
+        (folder / _MADE).touch()  # ours, and empty until it is whole
         _call([python, "-m", "venv", str(folder)], f"{python} could not make an environment in {folder}")
         pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--no-deps", "-r", str(LOCK)]
         _call(pip, f"pip could not install the {len(lock_pins())} packages of {LOCK}")
         (folder / _MADE).write_text(LOCK.read_text(encoding="utf-8"), encoding="utf-8")
-        done = True
     finally:
-        if not done:
-            shutil.rmtree(folder, ignore_errors=True)
+        _bring_back(old, folder)
+
+
+def _bring_back(old: Path, folder: Path) -> None:
+    """After an installation that ended, or was killed: removes half an environment, and what it replaced comes back."""
+    mark = folder / _MADE
+    if mark.is_file() and mark.stat().st_size == 0:
+        shutil.rmtree(folder)
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _call(command: list[str], failed: str) -> None:

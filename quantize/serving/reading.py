@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,10 +24,15 @@ def faults_of(config: Mapping[str, Any], classes: Sequence[str]) -> list[str]:
     from torchao.prototype.safetensors.safetensors_utils import ALLOWED_TENSORS_SUBCLASSES
 
     found = []
-    try:
-        config_from_dict(dict(config))
-    except Exception as error:  # whatever its constructors raise
-        found.append(f"its config {config.get('_type')}: {' '.join(str(error).split())[:300]}")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            config_from_dict(dict(config))
+        except Exception as error:  # whatever its constructors raise
+            found.append(f"its config {config.get('_type')}: {' '.join(str(error).split())[:300]}")
+    # It goes on with a config of another version, whose tensors are of other classes than those that it makes now.
+    versions = {str(each.message).partition("config: ")[2].partition(", please")[0] for each in warned}
+    found += [f"its config {config.get('_type')} ({each})" for each in sorted(versions) if each.startswith("stored_v")]
     unknown = sorted(set(classes) - set(ALLOWED_TENSORS_SUBCLASSES))
     if unknown:
         found.append(f"its tensors {', '.join(unknown)}")

@@ -229,21 +229,37 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     """Ends the process and all of its group, which the engine's workers are in; those that do not go are killed."""
     try:
         _signal_group(process, signal.SIGTERM)
-        until = time.monotonic() + _END_SECONDS
-        while _is_there(process) and time.monotonic() < until:
-            time.sleep(0.05)
+        _await_end(process, _END_SECONDS)
     finally:
         _signal_group(process, signal.SIGKILL)
+        _await_end(process, _END_SECONDS)  # the GPU's memory is free when they are gone
         process.wait()
 
 
+def _await_end(process: subprocess.Popen[bytes], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while _is_there(process) and time.monotonic() < until:
+        time.sleep(0.05)
+
+
 def _is_there(process: subprocess.Popen[bytes]) -> bool:
-    process.poll()  # reaps it: a group of none but a zombie would still be there
+    """Whether one of the group runs; zombies, which in a container nobody may collect, do not."""
+    process.poll()
     try:
         os.killpg(process.pid, 0)
     except ProcessLookupError:
         return False
-    return True
+    states = list(_states_of(process.pid))
+    return not states or any(state not in "ZX" for state in states)
+
+
+def _states_of(group: int) -> Iterator[str]:
+    """The state letters of a group's processes; none where there is no /proc."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError, IndexError):  # gone meanwhile
+            state, _, its_group = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:3]
+            if int(its_group) == group:
+                yield state
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:

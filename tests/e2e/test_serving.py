@@ -1,4 +1,4 @@
-"""`quantize serve` on a checkpoint that was converted here, through tests/fake_vllm.py: smoke test, check, dead engine."""
+"""`quantize serve` on a converted checkpoint, through tests/fake_vllm.py: smoke test, check, dead engine."""
 
 from __future__ import annotations
 

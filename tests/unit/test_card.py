@@ -99,6 +99,12 @@ def test_without_control_rows_are_left_out_with_the_reason(tmp_path: Path) -> No
     assert "weights in memory: not known (not measured in this run)" in card
 
 
+def test_a_layout_that_vllm_is_not_for_says_why(tmp_path: Path) -> None:
+    card = card_of(make_run(tmp_path / "run", quickstart_metrics()))
+    assert "No command is given: int8-int4 for cpu: it is for phones and CPUs: it has no kernel there" in card
+    assert "For vLLM convert the 16-bit weights to int4 (cuda-sm80), int8 (cuda), int8-int8 (cuda) or fp8" in card
+
+
 def test_fp8_is_served_by_vllm_and_not_by_a_phone(tmp_path: Path) -> None:
     metrics = quickstart_metrics() | {"scheme": "fp8", "target": "cuda-sm89", "dtype": "bfloat16"}
     metrics["train_ship_gap"] = 0.00123

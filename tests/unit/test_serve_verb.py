@@ -88,8 +88,14 @@ def test_no_vllm_names_the_command(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ONGRID_VLLM", str(run / "none"))
-    assert main(["serve", str(run), "--dry-run"]) == 2
+    assert main(["serve", str(run)]) == 2
     assert "make one with: quantize serve --setup" in capsys.readouterr().err
+    assert main(["serve", str(run), "--dry-run"]) == 0  # the command is for another machine
+    told = capsys.readouterr()
+    (run / "quantized" / "tokenizer.json").unlink()
+    assert main(["serve", str(run)]) == 2  # no installation would change this
+    assert "has no tokenizer" in capsys.readouterr().err
+    assert told.out.startswith(f"vllm serve {run / 'quantized'} ") and told.err.startswith("note: $ONGRID_VLLM")
 
 
 def test_what_is_missing_is_said(vllm: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,6 +104,8 @@ def test_what_is_missing_is_said(vllm: Path, run: Path, tmp_path: Path, capsys: 
         return capsys.readouterr().err
 
     assert "say which run or folder to serve" in said()
+    assert "--data is what --check compares on" in said(str(run), "--data", "x.txt")
+    assert "--tokens 0: give a number from 1 on" in said(str(run), "--check", "--tokens", "0")
     assert "nope is neither a run nor a folder with a config.json" in said("nope")
     (run / "quantized").rename(run / "elsewhere")
     assert "no finished training yet" in said(str(run))
@@ -140,3 +148,10 @@ def test_a_check_needs_text(
 def test_only_serve_passes_words_on() -> None:
     assert serve.PASSES_ON
     assert main(["schemes", "--", "--max-model-len"]) == 2  # the name of a scheme, as it was
+
+
+def test_the_formats_say_what_vllm_loads(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schemes", "fp8", "int8-int4"]) == 0
+    fp8, phones = capsys.readouterr().out.split("\nint8-int4: ")
+    assert fp8.count("    vLLM: loads it as it is (quantize serve)") == 2
+    assert phones.count("    vLLM: no, it is for phones and CPUs: ") == 3

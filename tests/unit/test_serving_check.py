@@ -179,6 +179,7 @@ def test_float32_scales_are_served_in_float32(tmp_path: Path) -> None:
         ({"quant_type": "int4_weight_only"}, "quant_type is not one config under 'default'"),
         ({"quant_type": {"default": INT8, "lm_head": INT8}}, "quant_type is not one config under 'default'"),
         ({"config": {**INT8, "_type": "Int9Config"}}, r"torchao 0\.18\.0, which serves it, cannot read its config"),
+        ({"config": {**INT8, "_version": 1}}, r"cannot read its config Int8Weight.* \(stored_version=1, "),
         ({"config": {**INT8, "_data": {"gone": 1}}}, "cannot read its config Int8WeightOnlyConfig: .*gone"),
         ({"quantised": dict.fromkeys(LINEAR, "Int9Tensor")}, "cannot read its tensors Int9Tensor"),
         ({"quantised": {}}, "config.json says torchao, but no weight in its files is quantised"),
@@ -224,7 +225,7 @@ def test_what_the_user_takes_is_let_through(tmp_path: Path) -> None:
     ("scheme", "target", "instead"),
     [
         ("int8-int4", "cpu", "for phones and CPUs.*--scheme int4 --target cuda-sm80"),
-        ("int4", "cuda", "no kernel for Intx.*--scheme int4 --target cuda-sm80"),
+        ("int4", "cuda", "16 bit would be restored.*--scheme int4 --target cuda-sm80"),
         ("int8", "cpu", "for CPUs.*--scheme int8 --target cuda "),
         ("fp8-int4", "cuda-sm90-mslk", "was never loaded there"),
         ("mxfp8", "cpu", "was never loaded there"),
@@ -305,6 +306,9 @@ def test_an_older_gpu_is_told_what_it_can(tmp_path: Path) -> None:
         UserError, match=r"needs compute capability 8\.9 or newer, and A100 has 8\.0: .* int4 for cuda-sm80"
     ):
         check_gpu(fp8, "8.0", "A100")
+    int8 = check_folder(make(tmp_path / "int8", record={"scheme": "int8", "target": "cuda"}))
+    with pytest.raises(UserError, match=r"needs compute capability 7\.5 or newer"):
+        check_gpu(int8, "7.0", "V100")
     with pytest.raises(UserError, match=r"serve it on a newer GPU$"):
         check_gpu(fp8, "6.1", "P40")
     check_gpu(replace(fp8, scheme=None, target=None), "6.1", "P40")

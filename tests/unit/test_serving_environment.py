@@ -67,7 +67,7 @@ def _python(path: Path, pip: str) -> str:
     path.write_text(
         "#!/bin/sh\n"
         'if [ "$2" = venv ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"\n'
-        f'else folder=$(dirname $(dirname "$0")); echo "$@" > "$folder/asked"; {pip}; fi\n'
+        f'elif [ "$1" = -m ]; then folder=$(dirname $(dirname "$0")); echo "$@" > "$folder/asked"; {pip}; fi\n'
     )
     path.chmod(0o755)
     return str(path)
@@ -99,13 +99,29 @@ def test_a_setup_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UserError, match=r"pip could not install .* No matching distribution found for vllm"):
         environment.install(tmp_path / "made")
     assert not (tmp_path / "made").exists()
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "made-by-ongrid.txt").write_text("before")
+    with pytest.raises(UserError):
+        environment.install(tmp_path / "made")
+    assert (tmp_path / "made" / "made-by-ongrid.txt").read_text() == "before"  # one that worked works on
+    (tmp_path / "made").rename(tmp_path / "made.replaced")
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "made-by-ongrid.txt").touch()  # as a killed one leaves it
+    with pytest.raises(UserError):
+        environment.install(tmp_path / "made")
+    assert (tmp_path / "made" / "made-by-ongrid.txt").read_text() == "before"
+    assert not (tmp_path / "made.replaced").exists()
 
 
 def test_another_python_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 11, 9))
-    with pytest.raises(UserError, match=r"for Python 3\.12, this is 3\.11 and no python3\.12 is on PATH"):
+    with pytest.raises(UserError, match=r"for Python 3\.12, this is 3\.11, and no python3\.12 is on PATH"):
         environment.find_python()
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    (tmp_path / "python3.12").write_text("#!/bin/sh\nexit 127\n")
+    (tmp_path / "python3.12").chmod(0o755)
+    with pytest.raises(UserError, match=r"python3\.12 cannot make an environment"):
+        environment.find_python()
     python = _python(tmp_path / "python3.12", "true")
     assert environment.find_python() == python
     monkeypatch.setattr(sys, "version_info", (3, 12, 3))
