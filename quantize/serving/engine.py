@@ -27,7 +27,8 @@ def find_engine(name: str) -> dict[str, Any] | None:
     try:
         found = describe(find_vllm())
     except UserError as error:
-        lines += [f"eval.engine=vllm: {line}" for line in error.lines]
+        # A run has no option that names an environment.
+        lines += [f"eval.engine=vllm: {line.replace('--env FOLDER or ', '')}" for line in error.lines]
     if not has_nvidia_driver():
         lines.append("eval.engine=vllm: it needs an NVIDIA GPU, and no driver was found; use eval.engine=transformers")
     if lines:
