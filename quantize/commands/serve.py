@@ -205,6 +205,4 @@ def _check(served: Served, vllm: Vllm, options: argparse.Namespace) -> None:
 
 def _log(served: Served) -> Path:
     """Where vLLM prints; the file stays where something fails, as the message names it."""
-    descriptor, name = tempfile.mkstemp(prefix=f"vllm-{served.name}-", suffix=".log")
-    os.close(descriptor)
-    return Path(name)
+    return Path(tempfile.gettempdir()) / f"vllm-{served.name}-{os.getpid()}.log"

@@ -5,6 +5,7 @@ transformers runs first, in a process of its own that gives the GPU back, then v
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,8 +108,15 @@ def compare(served: Served, vllm: Vllm, asked: Asked, log: Path) -> Agreement:
         "kind": "greedy", "name": "transformers", "model": str(served.folder), "data": str(asked.data.resolve()),
         "samples": asked.samples, "tokens": asked.tokens, "trust_remote_code": asked.trust_remote_code,
     }  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="agreement-") as place:
-        (plain,) = run_jobs([job], Path(place) / "transformers.request.json")
+    place = Path(tempfile.mkdtemp(prefix="agreement-"))
+    try:
+        (plain,) = run_jobs([job], place / "transformers.request.json")
+    except RuntimeError:
+        raise  # it names its log, which stays
+    except BaseException:
+        shutil.rmtree(place)
+        raise
+    shutil.rmtree(place)
     with serving(served.folder, vllm, log=log, arguments=asked.arguments, model=served.name) as server:
         scores = client.score(server, plain["ids"])
         completions = client.complete(server, plain["prompts"], asked.tokens, ignore_eos=True)
