@@ -22,7 +22,10 @@ _IN_THE_WAY = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses, runs a verb, and returns the exit code: 0, 2 (the user's input), 1 (our failure), 130 (Ctrl-C)."""
     parser = _parser()
-    options = parser.parse_args(argv)
+    words, further = _split(sys.argv[1:] if argv is None else argv)
+    options = parser.parse_args(words)
+    if further is not None:
+        options.further = further
     if options.verb is None:
         parser.print_help(sys.stderr)
         return 2
@@ -53,6 +56,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """Our own words, and those after `--`, for the program that the verb starts: argparse would mix them up.
+
+    None of a verb that starts none.
+    """
+    own = list(words)
+    if not (own and own[0] in VERBS and getattr(VERBS[own[0]], "PASSES_ON", False)):
+        return own, None
+    at = own.index("--") if "--" in own else len(own)
+    return own[:at], own[at + 1 :]
 
 
 class _Version(argparse.Action):

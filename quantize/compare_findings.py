@@ -47,6 +47,9 @@ def findings(runs: Sequence[Run], paired: Sequence[Paired]) -> list[str]:
 def arithmetic(runs: Sequence[Run]) -> str:
     """A warning where the runs were not computed alike; empty where they were."""
     kinds = {key: list(dict.fromkeys(run.place.get(key, "unknown") for run in runs)) for key in ("dtype", "device")}
+    kinds["engine of the tasks"] = list(
+        dict.fromkeys(run.place.get("tasks", "transformers") for run in runs if run.tasks)
+    )
     differing = [f"{key} ({'; '.join(values)})" for key, values in kinds.items() if len(values) > 1]
     if not differing:
         return ""

@@ -88,7 +88,8 @@ def tasks_section(
 
 def _how_run(asked: Metrics, examples: Mapping[str, int | str]) -> str:
     """`, at most 40 samples of each, in the chat template, 5 examples in the prompts of mmlu`."""
-    words = [f"at most {asked['limit']} samples of each"] if asked.get("limit") else []
+    words = [f"the models served by {asked['engine']}"] if asked.get("engine") else []
+    words += [f"at most {asked['limit']} samples of each"] if asked.get("limit") else []
     words += [
         f"without the last {count} of {name}, which chose the numbers"
         for name, count in (asked.get("left_out") or {}).items()

@@ -15,7 +15,7 @@ from quantize.files import write_atomically
 from quantize.jobs import MAY_OVERFLOW, ONLY_TRAINED_ON, Job, Jobs, rows_paths, task_rows_path
 from quantize.run_report import write_report
 from quantize.runs import is_outside, read_gathered
-from quantize.schemes import Target
+from quantize.schemes import Scheme, Target
 
 
 def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dict[str, Any]:
@@ -36,6 +36,7 @@ def finish_run(folder: Path, *, target: str | None, progress: Any = None) -> dic
     chosen = {**chosen, "target": picked.name, "missing": []}
     jobs = _jobs(folder, gathered, chosen, picked.dtype or gathered["dtype"])
     _check_files(folder, gathered, jobs)
+    _check_engine(jobs, find_scheme(chosen["scheme"]), picked)
     _check_tasks(jobs, gathered["task_key"])
     _check_rewards(jobs)
     merged, control = folder / "merged", folder / "control" / "merged" if gathered["control"] else None
@@ -99,6 +100,16 @@ def _check_files(folder: Path, gathered: Mapping[str, Any], jobs: Jobs) -> None:
     gone = [str(path.relative_to(folder)) for path in needed if not path.exists()]
     if gone:
         raise UserError(f"{folder} lacks {', '.join(gone)}; copy the whole run directory")
+
+
+def _check_engine(jobs: Jobs, scheme: Scheme, target: Target) -> None:
+    """What ran the tasks of the other arms must be here, and load what ships."""
+    if jobs.engine is None:
+        return
+    from quantize.serving.engine import find_same, refuse_unserved
+
+    refuse_unserved(scheme, [target])
+    find_same(jobs.engine)
 
 
 def _check_tasks(jobs: Jobs, key: str) -> None:
@@ -167,4 +178,5 @@ def _jobs(folder: Path, gathered: Mapping[str, Any], chosen: Mapping[str, Any], 
         chat_template=gathered["chat_template"],
         cost_batches=gathered["cost_batches"],
         method=gathered.get("method"),
+        engine=gathered.get("engine"),
     )

@@ -16,6 +16,7 @@ from quantize.files import is_neither, read_mapping
 from quantize.pareto import nominal_mib
 from quantize.report import nested
 from quantize.runs import find_run, read_gathered, renew_command
+from quantize.serving.engine import engine_words
 
 if TYPE_CHECKING:
     from quantize.evaluate import Scores
@@ -202,4 +203,5 @@ def _place(metrics: Mapping[str, Any], gathered: Mapping[str, Any], manifest: Ma
     packages = {**manifest.get("packages", {}), **here.get("packages", {})}
     known = {"device": here.get("device", manifest.get("device")), "dtype": metrics["dtype"], **packages}
     known["python"] = manifest.get("python")
+    known["tasks"] = engine_words(gathered["engine"]) if gathered.get("engine") else None
     return {key: str(value) for key, value in known.items() if value is not None}

@@ -53,6 +53,8 @@ class Target:
     """Bits of one scale in the file."""
     speed: Speed | None = None
     """None = not measured."""
+    vllm: str = "it was never loaded there"
+    """Why vLLM is not for this layout; empty = it loads the checkpoint as it is."""
     note: str = ""
     """One line on what sets it apart from the scheme's other targets, or on what was never tried of it."""
 

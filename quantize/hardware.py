@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from quantize.schemes import Scheme, Target
+
+
+def has_nvidia_driver() -> bool:
+    """Whether an NVIDIA GPU may be used here, as far as can be told without torch; /dev/dxg is that of WSL."""
+    return any(Path(name).exists() for name in ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg"))
 
 
 def missing_for(target: Target) -> list[str]:

@@ -41,6 +41,7 @@ class Jobs:
         trust_remote_code: run the checkpoints' own code.
         inside: the weights were trained on the grid that ships.
         tasks: settings of `quantize.tasks`; None = no tasks.
+        engine: what runs the tasks, from `quantize.serving.engine.find_engine`; None = transformers.
         chat_template: for the tokenizer; None = its own.
         cost_batches: sequences at a time for which decoding is timed.
         method: what is measured besides the loss where the run learned from it: {} = which answer of each held-out pair
@@ -61,6 +62,7 @@ class Jobs:
     cost_batches: Sequence[int]
     method: Mapping[str, Any] | None = None
     simulated: bool = False
+    engine: Mapping[str, Any] | None = None
 
     @property
     def shipped(self) -> Path:
@@ -173,8 +175,9 @@ class Jobs:
         return {**job, **self.task_settings(), "kind": "benchmark", "task_rows": str(rows)}
 
     def task_settings(self) -> Job:
-        """The tasks and what their prompts are put in."""
-        return {"tasks": self.tasks, "chat_template": self.chat_template}
+        """The tasks, what their prompts are put in, and what runs them where it is not transformers."""
+        found = {"tasks": self.tasks, "chat_template": self.chat_template}
+        return found | ({"engine": self.engine} if self.engine is not None else {})
 
 
 def rows_paths(run: Path, arm: str, *, tasks: bool, own: bool) -> list[Path]:

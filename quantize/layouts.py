@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from quantize.numerics import Numbers, Quantised
 
 INTX_GROUPS = (32, 64, 128, 256)
+_PHONES = "it is for phones and CPUs: it has no kernel there, and on a GPU it is slower than 16 bit"
+_RESTORED = "it has no kernel there: 16 bit would be restored for every product, which is slower than 16 bit"
+FOR_CPUS = "it is for CPUs, and vLLM serves on GPUs, in the layout of the target cuda"
 
 
 def numbers_of(module: str, name: str) -> Callable[[], Numbers]:
@@ -66,6 +69,7 @@ def int8_int4(name: str, numbers: str = "INT8_INT4", **options: Any) -> Target:
         tensor=tensor_of("intx_tensor", bits=4, int8_activations=True),
         stored_bits=8.0,  # torchao's Intx and int8 tensors hold every integer in a byte
         experts=True,
+        vllm=_PHONES,
         **options,
     )
 
@@ -96,7 +100,10 @@ def intx(bits: int, name: str, **options: Any) -> Target:
         return IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=granularity)
 
     numbers, tensor = numbers_of("integers", f"INT{bits}"), tensor_of("intx_tensor", bits=bits)
-    return Target(name=name, config=config, numbers=numbers, tensor=tensor, stored_bits=8.0, experts=True, **options)
+    return Target(
+        name=name, config=config, numbers=numbers, tensor=tensor, stored_bits=8.0, experts=True, vllm=_RESTORED,
+        **options,
+    )  # fmt: skip
 
 
 def intx_targets(bits: int, cpu: Speed | None = None, cuda: Speed | None = None) -> Mapping[str, Target]:

@@ -14,6 +14,7 @@ from quantize.files import write_atomically
 from quantize.jobs import MAY_OVERFLOW, ONLY_TRAINED_ON, rows_paths
 from quantize.metrics import ARMS, COMPARISONS, build_metrics
 from quantize.runs import finish_command, is_outside, renew_command
+from quantize.serving.engine import engine_words
 
 if TYPE_CHECKING:
     from quantize.evaluate import Scores
@@ -70,7 +71,7 @@ def write_report(folder: Path, gathered: Mapping[str, Any]) -> tuple[dict[str, A
         model=gathered["model"],
         data=gathered["data"],
         recipe=gathered["recipe"],
-        task_settings=gathered["tasks"] or {},
+        task_settings=_task_settings(gathered),
         few_shot=gathered.get("task_fewshot", {}),
         cut=gathered.get("task_cut", {}),
         versions=_versions(gathered),
@@ -148,11 +149,19 @@ def _value(row: Row) -> float:
     return math.nan if row.value is None else row.value
 
 
+def _task_settings(gathered: Mapping[str, Any]) -> dict[str, Any]:
+    """The tasks' settings, and what ran them where it is not the transformers of the run's packages."""
+    engine, tasks = gathered.get("engine"), gathered["tasks"] or {}
+    return dict(tasks) | ({"engine": engine_words(engine)} if engine else {})
+
+
 def _versions(gathered: Mapping[str, Any]) -> dict[str, str]:
     """Packages of the training, and those of the finishing that differ."""
     found: dict[str, str] = dict(gathered["versions"])
     packages = (gathered.get("finished") or {}).get("packages", {})
     others = {name: version for name, version in packages.items() if found.get(name, version) != version}
+    served = (gathered.get("engine") or {}).get("packages", {})
+    found |= {name if name == "vllm" else f"{name}, beside vLLM": version for name, version in served.items()}
     return found | {f"{name}, where it was finished": version for name, version in others.items()}
 
 

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from quantize.errors import UserError
 from quantize.formats import Scheme, Target
 from quantize.layouts import (
+    FOR_CPUS,
     INTX_GROUPS,
     fp8,
     fp8_int4,
@@ -28,7 +29,7 @@ from quantize.layouts import (
 )
 from quantize.speed import on_cpu, on_gpu
 
-__all__ = ["SCHEMES", "Scheme", "Target", "find_scheme"]
+__all__ = ["SCHEMES", "Scheme", "Target", "find_scheme", "served_formats"]
 
 _ALL = (
     Scheme(
@@ -61,6 +62,7 @@ _ALL = (
                 "tile_packed_tensor",
                 needs=("cuda>=8.0",),
                 experts=True,
+                vllm="",
                 max_output_error=0.0005,  # equal weights, summed in another order: measured 0.0002
                 # Measured: 0.0001 to 0.0009 over 2,400 samples, 0.006 over 64 (docs/RESULTS.md): a last bit here and
                 # there is noise whose mean shrinks with the samples, and a run may have few.
@@ -75,6 +77,7 @@ _ALL = (
                 "int4_plain_tensor",
                 needs=("cuda>=9.0", "mslk"),
                 by_request=True,
+                vllm="",
                 group_sizes=(64, 128, 256),  # with groups of 32 mslk 1.1.0 computes something else, silently: 48% off
                 max_output_error=0.0005,
                 max_gap_nats=0.01,
@@ -128,11 +131,12 @@ _ALL = (
         summary="int8 weights only (per row): nearly free of loss, half the memory of 16 bit, slower in torch",
         bits=8,
         targets=named(
-            int8_rows("cpu", speed=on_cpu(0.94, 0.61, None)),
+            int8_rows("cpu", vllm=FOR_CPUS, speed=on_cpu(0.94, 0.61, None)),
             # torch.compile makes something far slower of this layer (docs/RESULTS.md).
             int8_rows(
                 "cuda",
                 needs=("cuda>=7.0",),
+                vllm="",
                 speed=on_gpu(0.24, 0.23, 0.25, 0.31, None, prefill=0.60, compiled=False),
             ),
             # As many bits in another layout: not a scheme of its own, as whoever asks for int8 wants rows.
@@ -160,9 +164,11 @@ _ALL = (
         bits=8,
         targets=named(
             int8_int8(
-                "cpu", note="torch's int8 kernel saturates on x86 without VNNI: other numbers there than were trained"
+                "cpu",
+                vllm=FOR_CPUS,
+                note="torch's int8 kernel saturates on x86 without VNNI: other numbers there than were trained",
             ),
-            int8_int8("cuda", needs=("cuda>=7.5",)),
+            int8_int8("cuda", needs=("cuda>=7.5",), vllm=""),
         ),
         group_size=None,
     ),
@@ -177,6 +183,7 @@ _ALL = (
                 "FP8",
                 "TORCH",
                 needs=("cuda>=8.9",),
+                vllm="",
                 speed=on_gpu(1.14, 1.13, 1.12, 1.13, None, prefill=1.52),
             ),
             # Faster, with numbers of its own.
@@ -186,6 +193,7 @@ _ALL = (
                 "MSLK",
                 needs=("cuda>=9.0", "mslk"),
                 by_request=True,
+                vllm="",
                 speed=on_gpu(1.31, 1.29, 1.24, 1.12, None, prefill=1.46),
             ),
         ),
@@ -230,6 +238,11 @@ _ALL = (
 )
 
 SCHEMES: Mapping[str, Scheme] = MappingProxyType({scheme.name: scheme for scheme in _ALL})
+
+
+def served_formats() -> list[tuple[Scheme, Target]]:
+    """The formats that vLLM loads as they are, each with the target that it does so for."""
+    return [(scheme, target) for scheme in SCHEMES.values() for target in scheme.targets.values() if not target.vllm]
 
 
 _ELSEWHERE = {"w4a16": "int4", "w8a16": "int8", "w4a8": "int8-int4", "w8a8": "int8-int8", "fp8-fp8": "fp8"}

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from quantize.tasks import Settings
 
 
+SERVER_RESERVES = 2
+"""Tokens by which a server's context is shorter: a scored sequence holds its last token, too, and one is written."""
+_GREEDY = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p"}
+"""What greedy decoding reads of a task's generation_kwargs, or has no use for."""
+
+
 def check_kind(name: str, task: Any) -> None:
     """Raises UserError where a task is empty, runs code that the model writes, or needs more than text."""
     if getattr(task, "UNSAFE_CODE", False) or getattr(task.config, "unsafe_code", False):
@@ -41,7 +47,7 @@ def context_length(folder: Path, tokenizer: Any, *, trust_remote_code: bool = Fa
 
 
 def check_runnable(
-    tasks: Mapping[str, Mapping[str, Any]], settings: Settings, tokenizer: Any, context: int
+    tasks: Mapping[str, Mapping[str, Any]], settings: Settings, tokenizer: Any, context: int, *, served: bool = False
 ) -> dict[str, int]:
     """Looks at the right answer of every sample that is run, and builds all requests that a model would be sent.
 
@@ -49,6 +55,7 @@ def check_runnable(
         tasks: from `load_tasks`; building changes them, so load them anew to run them.
         tokenizer: of the model, with the chat template that the prompts are put in.
         context: tokens that the model takes, from `context_length`.
+        served: they will run in vLLM, whose context is shorter by `SERVER_RESERVES`, and which is asked greedily.
 
     Returns:
         by reported name, how many samples' prompts lm-eval cuts from the left, as they are longer; where none is, no
@@ -58,6 +65,7 @@ def check_runnable(
         UserError: one line for each task that cannot be run, with the first document at which it fails.
     """
     lines, cut, lm = [], dict.fromkeys(tasks, 0), _tokeniser(tokenizer)
+    context -= SERVER_RESERVES if served else 0
     for name, leaves in tasks.items():
         split = may_be_split(leaves)
         for leaf, task in leaves.items():
@@ -65,6 +73,7 @@ def check_runnable(
                 _wrong_answers(task, settings.limit)
                 or _unbuildable(task, settings, tokenizer)
                 or _empty_request(task, tokenizer)
+                or (_not_greedy(task) if served else None)
             )
             documents: set[int] = set()
             if not problem:
@@ -196,6 +205,24 @@ def _empty_request(task: Any, tokenizer: Any) -> str | None:
             return (  # lm-eval: 0 nats over 1 word, the best that there is
                 f"{document}: its text is empty, which would score as one that the model knows by heart; drop its line "
                 "from the data, or look at doc_to_target"
+            )
+    return None
+
+
+def _not_greedy(task: Any) -> str | None:
+    """What a task asks of the decoding that a server is not asked for."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    for request in task.instances:
+        if request.request_type != "generate_until":
+            continue
+        asked = normalize_gen_kwargs(request.args[1], _NO_LIMIT)
+        odd = ["do_sample"] if asked["do_sample"] else sorted(set(asked) - _GREEDY)
+        if odd:
+            values = ", ".join(f"{name}: {asked[name]}" for name in odd)
+            return (
+                f"its generation_kwargs ask for {values}, and with eval.engine=vllm answers are the greedy ones; run "
+                "it with eval.engine=transformers"
             )
     return None
 

@@ -46,6 +46,7 @@ __all__ = [
     "require_lm_eval",
     "run_tasks",
     "save_rows",
+    "transformers_lm",
 ]
 
 _LARGEST_BATCH = 64  # to begin with on CUDA; halved while memory does not suffice
@@ -60,7 +61,7 @@ class Settings:
         num_fewshot: examples in the prompt; None = what the task says.
         limit: the first so many samples of each task; None = all.
         chat_template: put prompts into the model's chat template.
-        batch_size: rows at once; None = as many as fit, found by trying (CUDA), or 8 (CPU).
+        batch_size: rows at once; None = as many as fit, found by trying (CUDA), or 8 (CPU). Not read by a server.
         seed: of the choice of few-shot examples.
         left_out: task -> how many of its last samples are not run, as they calibrated a model (`quantize.task_text`).
     """
@@ -191,23 +192,9 @@ def count_samples(tasks: Mapping[str, Any], limit: int | None) -> int:
     return sum(size if limit is None else min(size, limit) for size in sizes)
 
 
-def run_tasks(
-    model: Any,
-    tokenizer: Any,
-    tasks: Mapping[str, Mapping[str, Any]],
-    settings: Settings,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Row]:
-    """Runs a model of transformers, quantised or not, on loaded tasks: one row a sample, in the tasks' order.
-
-    Args:
-        tasks: from `load_tasks`; an evaluation changes them, so load them anew for every model. Subtasks of a group
-            whose metrics differ are reported under their own names.
-        progress: called with (tasks done, all tasks).
-    """
+def transformers_lm(model: Any, tokenizer: Any) -> Any:
+    """lm-eval's form of a model of transformers, quantised or not."""
     import torch
-    from accelerate.utils import find_executable_batch_size
-    from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
     model.eval()
@@ -215,11 +202,27 @@ def run_tasks(
     # Logits are in the model's dtype; a softmax and a sum of hundreds of nats in bfloat16 hide what quantisation costs.
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype=torch.float32)
     assert model.get_output_embeddings().weight is head, "lm-eval ties weights anew where the config says tied"
-    cuda = next(model.parameters()).device.type == "cuda"
+    return lm
 
-    def run(batch_size: int, leaves: Mapping[str, Any]) -> Any:
-        # lm-eval's own search tries the model's longest context, of which a task needs a hundredth.
-        lm.batch_size_per_gpu = batch_size
+
+def run_tasks(
+    lm: Any,
+    tasks: Mapping[str, Mapping[str, Any]],
+    settings: Settings,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Row]:
+    """Runs a model on loaded tasks: one row a sample, in the tasks' order.
+
+    Args:
+        lm: from `transformers_lm`, or `quantize.serving.tasks.ServedLM`.
+        tasks: from `load_tasks`; an evaluation changes them, so load them anew for every model. Subtasks of a group
+            whose metrics differ are reported under their own names.
+        progress: called with (tasks done, all tasks).
+    """
+    import torch
+    from lm_eval.evaluator import evaluate
+
+    def run(leaves: Mapping[str, Any]) -> Any:
         for task in leaves.values():  # a second try must draw the few-shot examples of the first
             task.set_fewshot_seed(seed=settings.seed)
         with torch.inference_mode():
@@ -236,15 +239,29 @@ def run_tasks(
     for done, (name, leaves) in enumerate(tasks.items()):
         if progress is not None:
             progress(done, len(tasks))
-        sizes = [settings.batch_size or (_LARGEST_BATCH if cuda else 8)]
-        search = find_executable_batch_size(run, sizes[0], lambda sizes=sizes: _halve(sizes))
-        result = search(leaves)
+        # A server batches by itself, and an error of its memory is no reason to ask it for less.
+        result = run(leaves) if getattr(lm, "batches_itself", False) else _in_batches(lm, settings, run, leaves)
         rows = [row for leaf, task in leaves.items() for row in rows_of(name, leaf, task, result["samples"][leaf])]
         pooled = len({(row.metric, row.higher_is_better) for row in rows}) == 1
         found += rows if pooled else [replace(row, name=row.task) for row in rows]
     if progress is not None:
         progress(len(tasks), len(tasks))
     return found
+
+
+def _in_batches(lm: Any, settings: Settings, run: Callable[[Mapping[str, Any]], Any], leaves: Mapping[str, Any]) -> Any:
+    """Runs tasks with as many rows at once as memory takes: the number asked for, or one that is halved until it fits.
+
+    lm-eval's own search tries the model's longest context, of which a task needs a hundredth.
+    """
+    from accelerate.utils import find_executable_batch_size
+
+    def attempt(batch_size: int) -> Any:
+        lm.batch_size_per_gpu = batch_size
+        return run(leaves)
+
+    sizes = [settings.batch_size or (_LARGEST_BATCH if lm.device.type == "cuda" else 8)]
+    return find_executable_batch_size(attempt, sizes[0], lambda: _halve(sizes))()
 
 
 def _halve(sizes: list[int]) -> int:

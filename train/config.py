@@ -247,7 +247,10 @@ class EvalConfig(Section):
     chat_template: bool = False
     """Put the tasks' prompts into the model's chat template."""
     task_batch_size: int | None = Field(default=None, ge=1)
-    """Rows at once in tasks; null = found by trying on CUDA, 8 on a CPU."""
+    """Rows at once in tasks; null = found by trying on CUDA, 8 on a CPU. vLLM chooses its own."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What runs the tasks: transformers, or vLLM from an environment of its own (`quantize serve --setup`, or
+    $ONGRID_VLLM), for formats that it loads."""
 
     cost_batches: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [1, 8])
     """Sequences at a time for which decoding is timed, unquantised and as shipped; [] = no timing."""

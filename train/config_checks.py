@@ -58,8 +58,8 @@ _TRACKERS = {
 def find_problems(config: RunConfig) -> list[Problem]:
     """Everything in the config that contradicts itself."""
     checks = (
-        _scheme, _algorithms, _qat, _four_bit, _adapter, _random, _steps, method_problems, _tracking, _names, _extra,
-        _choices,
+        _scheme, _algorithms, _qat, _four_bit, _adapter, _random, _steps, method_problems, _engine, _tracking, _names,
+        _extra, _choices,
     )  # fmt: skip
     return [problem for check in checks for problem in check(config)]
 
@@ -221,6 +221,18 @@ def _steps(config: RunConfig) -> Iterator[Problem]:
             text = f"train.warmup_steps={warmup} is more than {key}={count}"
             yield Problem(("train.warmup_steps", key), text)
             break
+
+
+def _engine(config: RunConfig) -> Iterator[Problem]:
+    asked = config.eval
+    if asked.engine == "transformers":
+        return
+    if not asked.tasks:
+        text = f"eval.engine={asked.engine} runs the tasks, and eval.tasks names none; name some, or leave it out"
+        yield Problem(("eval.engine", "eval.tasks"), text)
+    if asked.task_batch_size is not None:
+        text = f"eval.task_batch_size={asked.task_batch_size}: vLLM chooses its own batches; leave it out"
+        yield Problem(("eval.task_batch_size", "eval.engine"), text)
 
 
 def _tracking(config: RunConfig) -> Iterator[Problem]:

@@ -70,6 +70,9 @@ class ConsoleSink:
             self.console.print(f"  {event.data['title']}:", markup=False)
         self.console.print(event.data["text"], markup=event.data.get("markup", False))
 
+    def _engine(self, event: Event) -> None:
+        self.console.print(f"  tasks: {event.data['tasks']}", markup=False)
+
     def _report(self, event: Event) -> None:
         from rich.markdown import Markdown
 
@@ -85,5 +88,6 @@ _LINES = {
     "stage_finished": ConsoleSink._stage_finished,
     "stage_skipped": ConsoleSink._stage_skipped,
     "message": ConsoleSink._message,
+    "engine": ConsoleSink._engine,
     "report": ConsoleSink._report,
 }

@@ -12,8 +12,10 @@ from quantize.gate import check_gap
 from quantize.hardware import describe_here
 from quantize.jobs import MAY_OVERFLOW, Job, task_rows_path
 from quantize.runs import GATHERED_VERSION
+from quantize.serving.engine import engine_words
 from quantize.task_rows import own_rows_path
 from quantize.worker import run_timings
+from train.events import Event
 from train.stage_log import Tuned, fingerprint_of
 
 if TYPE_CHECKING:
@@ -37,12 +39,16 @@ class Evaluations:
             return {}
         from quantize.tasks import definition_key
 
+        if self.jobs.engine is not None:
+            self.stages.events.emit(Event("engine", {"tasks": engine_words(self.jobs.engine)}))
         job = self.jobs.check_tasks(model.folder)
         files = definition_key(self.config.eval.tasks)
         key = fingerprint_of(self.stages.model_key, job, files)
         found: dict[str, Any] = self.log.run("tasks", key, lambda: self.log.jobs("tasks", [job])[0])
         # The fingerprint is of what lm-eval loaded; code beside a task, few-shot files and the template decide too.
-        self.task_key = fingerprint_of(found["fingerprint"], files, self.jobs.chat_template)
+        decides = [found["fingerprint"], files, self.jobs.chat_template]
+        decides += [self.jobs.engine] if self.jobs.engine is not None else []  # no result of one is another's
+        self.task_key = fingerprint_of(*decides)
         return found
 
     def baseline(self, model: LocalModel, data: Prepared) -> dict[str, Any]:
@@ -73,7 +79,8 @@ class Evaluations:
 
         makes = self._files([job["name"] for job in jobs])
         result = self.log.run("baseline", fingerprint_of(keys), work, makes=makes)
-        for job in jobs:
+        # What vLLM would refuse of the format is found before an hour of tasks on the untouched model.
+        for job in jobs if self.jobs.engine is None else reversed(jobs):
             arm = job["name"]
             self._benchmark(job, keys[arm], stores[arm] / self.task_key)
         return result

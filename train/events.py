@@ -17,7 +17,8 @@ class Event:
 
     Attributes:
         kind: run_started, stage_started, stage_finished, stage_skipped, progress (stage, done, total, text), step (arm,
-            step, loss, ...), message, metrics, report, run_finished or run_failed (error, text).
+            step, loss, ...), message, engine (tasks: what runs them, where it is not transformers), metrics, report,
+            run_finished or run_failed (error, text).
         data: JSON-like details.
         time: seconds since the epoch.
     """

@@ -42,6 +42,7 @@ def missing_inputs(config: RunConfig, bad: Collection[str] = ()) -> list[str]:
         ({"data"}, lambda: check_data_source(config.data, config.train.method)),
         ({"model", "quantize", "qat"}, lambda: _check_groups(config)),
         ({"eval"}, lambda: check_tasks(config.eval)),
+        ({"eval", "quantize", "qat"}, lambda: check_engine(config)),
         ({"quantize"}, lambda: check_calibration(config.quantize.calibration)),
         (set(), lambda: _check_rewards(config)),
     )
@@ -63,6 +64,28 @@ def check_tasks(settings: EvalConfig) -> None:
 
     require_lm_eval()
     check_names(settings.tasks)
+
+
+def check_engine(config: RunConfig) -> None:
+    """A vLLM that is not here, has no GPU to run on, or does not load the format; its reading is tried later."""
+    if config.eval.engine != "vllm" or not config.eval.tasks:
+        return
+    from quantize.schemes import find_scheme
+    from quantize.serving.engine import find_engine, refuse_unserved
+
+    lines: list[str] = []
+    if config.scheme_name is not None:
+        scheme = find_scheme(config.scheme_name)
+        try:
+            refuse_unserved(scheme, scheme.eligible(config.quantize.target))
+        except UserError as error:
+            lines += error.lines
+    try:
+        find_engine(config.eval.engine)
+    except UserError as error:
+        lines += error.lines
+    if lines:
+        raise UserError(*lines)
 
 
 def check_calibration(named: str | None) -> None:

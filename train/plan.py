@@ -26,10 +26,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from quantize.errors import UserError
+from quantize.hardware import has_nvidia_driver
 from quantize.names import is_kept
 from quantize.schemes import find_scheme
 from train.config import RunConfig
-from train.inputs import check_tasks
+from train.inputs import check_engine, check_tasks
 from train.model_size import Linear, ModelSize, UnknownSize, find_size
 from train.plan_steps import Step, cannot_run, merged_dtype, steps_of
 
@@ -192,11 +193,12 @@ def _missing_files(config: RunConfig) -> Iterator[str]:
 
 
 def _task_obstacles(config: RunConfig) -> Iterator[str]:
-    """Benchmarks that lm-eval does not know; their data is not looked at."""
-    try:
-        check_tasks(config.eval)
-    except UserError as error:
-        yield from error.lines
+    """Benchmarks that lm-eval does not know, whose data is not looked at, and what their engine lacks here."""
+    for check in (lambda: check_tasks(config.eval), lambda: check_engine(config)):
+        try:
+            check()
+        except UserError as error:
+            yield from error.lines
 
 
 def coverage_obstacles(config: RunConfig, size: ModelSize) -> Iterator[str]:
@@ -290,11 +292,7 @@ def _train_bytes(config: RunConfig, device: str) -> int:
 
 def device_here() -> str:
     """ "cuda" or "cpu", as far as can be told without torch."""
-    return "cuda" if _has_nvidia() else "cpu"
-
-
-def _has_nvidia() -> bool:
-    return Path("/dev/nvidiactl").exists() or Path("/proc/driver/nvidia/version").exists()
+    return "cuda" if has_nvidia_driver() else "cpu"
 
 
 def _free_memory(device: str) -> int | None:

@@ -54,7 +54,8 @@ def _benchmarks(config: RunConfig) -> str:
     arms = ["base", *(["control"] if config.eval.control and config.qat else []), "tuned"]
     if config.scheme_name is not None:
         arms += ["base_quantized", *(["ptq"] if "control" in arms else []), "final"]
-    return f"{', '.join(config.eval.tasks)}: {limit} of each task, on {len(arms)} arms ({', '.join(arms)})"
+    engine = ", in vLLM" if config.eval.engine == "vllm" else ""
+    return f"{', '.join(config.eval.tasks)}: {limit} of each task, on {len(arms)} arms ({', '.join(arms)}){engine}"
 
 
 def _work(config: RunConfig) -> str:

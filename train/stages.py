@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.algorithms import are_calibrated, check_algorithms
+from quantize.errors import UserError
 from quantize.imports import uncollected
 from quantize.jobs import Jobs
 from quantize.runs import GATHERED_VERSION
@@ -89,7 +90,24 @@ class Stages:
             cost_batches=config.eval.cost_batches,
             method=measured_by_method(config),
             simulated=self.format is not None and self.format.simulated,
+            engine=self._engine(),
         )
+
+    def _engine(self) -> dict[str, Any] | None:
+        """What runs the tasks; refused where it would not load what ships."""
+        asked, chosen = self.config.eval, self.format
+        if asked.engine == "transformers" or not asked.tasks:
+            return None
+        from quantize.serving.engine import find_engine, refuse_unserved
+
+        if chosen is not None:
+            refuse_unserved(chosen.scheme, [chosen.target])
+            if chosen.missing:
+                raise UserError(
+                    f"eval.engine=vllm: what ships cannot be run here: this machine lacks {'; '.join(chosen.missing)}; "
+                    "set eval.engine=transformers, which simulates it, or train where it runs"
+                )
+        return find_engine(asked.engine)
 
     def _task_settings(self) -> dict[str, Any] | None:
         """The evaluation's tasks, without the samples that calibrate."""

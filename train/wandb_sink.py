@@ -79,7 +79,7 @@ class WandbSink:
         """Logs steps as they come, and tables, plots and the report at the end."""
         if event.kind == "run_failed":
             self._exit_code = 0 if event.data["error"] in _STOPS else 1
-        if not self._works or event.kind not in ("step", "metrics", "report"):
+        if not self._works or event.kind not in ("step", "engine", "metrics", "report"):
             return
         try:
             self._log(event)
@@ -93,6 +93,8 @@ class WandbSink:
             data = dict(event.data)
             arm, step = data.pop("arm"), data.pop("step")
             self._run.log({f"{arm}/{name}": value for name, value in data.items()} | {f"{arm}/step": step})
+        elif event.kind == "engine":
+            self._run.summary.update({"tasks_engine": event.data["tasks"]})
         elif event.kind == "metrics":
             self._run.summary.update(flatten(event.data))
             self._run.log({"arms": self._wandb.Table(columns=_ARM_COLUMNS, data=_arm_rows(event.data))})

@@ -130,9 +130,16 @@ def _legend() -> str:
 
 def _format(scheme: Scheme) -> Iterator[str]:
     rows = [
-        (_code(target.name), _needs(target), _fidelity(target), _speed(target)) for target in scheme.targets.values()
+        (
+            _code(target.name),
+            _needs(target),
+            _fidelity(target),
+            _speed(target),
+            f"no, {target.vllm}" if target.vllm else "yes",
+        )
+        for target in scheme.targets.values()
     ]
-    yield _table(("target", "needs", "real layer against training's", "speed in torch"), rows)
+    yield _table(("target", "needs", "real layer against training's", "speed in torch", "vLLM"), rows)
     if scheme.embedding is not None:
         yield f"The untied input embedding is quantised too, in {scheme.embedding_bits:g} bits."
     if scheme.skip:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
-from quantize.commands import card, compare, convert, doctor, eval, export, push, schemes, sensitivity
+from quantize.commands import card, compare, convert, doctor, eval, export, push, schemes, sensitivity, serve
 
 
 class Verb(Protocol):
@@ -29,6 +29,7 @@ EXAMPLES = {
     "convert": "quantize convert RUN/merged --scheme int4 --target cpu --output small",
     "eval": "quantize eval small --data RUN/data/eval.parquet",
     "export": "quantize export RUN",
+    "serve": "quantize serve RUN --smoke-test",
     "compare": "quantize compare first second",
     "sensitivity": "quantize sensitivity RUN",
     "card": "quantize card small",
@@ -42,6 +43,7 @@ VERBS: dict[str, Verb] = {
     "convert": convert,
     "eval": eval,
     "export": export,
+    "serve": serve,
     "compare": compare,
     "sensitivity": sensitivity,
     "card": card,

@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--samples", type=int, help="how many of them (default: 128, of a run's own all)")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="lm-eval's names, release13, or .yaml")
+    parser.add_argument(
+        "--engine", choices=["transformers", "vllm"], help="what runs the tasks (default: the run's, or transformers)"
+    )
     parser.add_argument("--limit", type=int, help="the first so many samples of each task (default: the run's, or all)")
     parser.add_argument("--num-fewshot", type=int, help="examples in a task's prompt (default: as the task says)")
     parser.add_argument("--batch-size", type=int, help="rows at once (default: the run's, or 8)")

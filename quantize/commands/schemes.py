@@ -80,10 +80,15 @@ def _details(schemes: list[Scheme], missing: Missing, width: int) -> Iterator[st
                 f"{target.name}: {_state(missing[scheme.name, target.name], target)}", width, "  ", "    "
             )
             yield from _wrapped(f"speed: {target.speed or 'not measured'}", width, "    ", "      ")
+            yield from _wrapped(f"vLLM: {_vllm(target)}", width, "    ", "      ")
             if target.note:
                 yield from _wrapped(f"note: {target.note}", width, "    ", "      ")
         for layout, reason in scheme.left_out.items():
             yield from _wrapped(f"not offered: {layout}: {reason}", width, "  ", "    ")
+
+
+def _vllm(target: Target) -> str:
+    return f"no, {target.vllm}" if target.vllm else "loads it as it is (quantize serve)"
 
 
 def _state(lacking: list[str], target: Target) -> str:

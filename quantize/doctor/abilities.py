@@ -9,10 +9,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from quantize.doctor.findings import Finding, first_line, lock_of, pip
+from quantize.doctor.findings import Finding, first_line, lock_of, pip, tilde
 from quantize.doctor.packages import cuda_command, extra_command, python_fits, version_of, wanted_text
 from quantize.errors import UserError
-from quantize.schemes import SCHEMES, Scheme
+from quantize.schemes import SCHEMES, Scheme, served_formats
 
 FUSED, FUSED_FLOAT8 = (8, 0), (8, 9)
 """Compute capabilities from which QAT takes its fused kernels: bf16 is Ampere's, float8 Ada's (qat.kernels.path_of)."""
@@ -190,13 +190,21 @@ def describe_exports(folder: Path, *, gpu: bool) -> Iterator[Finding]:
         yield Finding("ExecuTorch", "no", first_line(error).partition("; ")[0], COMMAND)
     else:
         yield Finding("ExecuTorch", "yes", f"{PACKAGES[0]}: quantize export RUN, of int8-int4 for executorch")
-    found = version_of("vllm")
-    if found is not None:
-        yield Finding("vLLM", "yes", f"{found}; it serves int4 for cuda-sm80 and fp8 for cuda-sm89")
-        return
-    text = "not in this environment; it serves int4 for cuda-sm80 and fp8 for cuda-sm89, on a GPU"
-    if not gpu:
-        yield Finding("vLLM", "fact", text)
-        return
-    command = f"python3 -m venv vllm-env && vllm-env/bin/pip install vllm torchao=={version_of('torchao') or '0.18.0'}"
-    yield Finding("vLLM", "no", f"{text}, and brings a torch of its own: give it another environment", command)
+    yield _vllm(gpu=gpu)
+
+
+def _vllm(*, gpu: bool) -> Finding:
+    """Which one `quantize serve` would take, and what it serves."""
+    from quantize.serving.environment import COMMAND, find_vllm, lock_pins
+
+    formats = ", ".join(f"{scheme.name} for {target.name}" for scheme, target in served_formats())
+    try:
+        found = find_vllm()
+    except UserError as error:
+        text = first_line(error).partition("; ")[0]
+        return Finding("vLLM", "no" if gpu else "fact", f"{text}; on a GPU it serves {formats}", COMMAND if gpu else "")
+    exact = lock_pins()["vllm"]
+    other = "" if found.version == exact else f", tried was {exact} ({COMMAND})"
+    torchao = f"torchao {found.torchao}" if found.torchao else "without torchao, so it serves 16 bit alone"
+    text = f"{found.version} {found.found} ({tilde(found.executable)}), {torchao}{other}; it serves {formats}"
+    return Finding("vLLM", "yes" if found.torchao else "broken", text)

@@ -23,6 +23,7 @@ from quantize.folder_eval.sources import (
 )
 from quantize.record import RECORD, read_record
 from quantize.runs import find_run, read_gathered, renew_command
+from quantize.serving.engine import engine_words, find_engine
 
 STORED = ("base", "base_quantized", "tuned")
 """Arms of a run whose scores its report has: what it was before, and what it was before quantisation."""
@@ -39,6 +40,7 @@ class Asked:
         data: held-out text (see `quantize.texts`); a run has its own.
         samples: how many of them.
         tasks: as `eval.tasks` names them; `num_fewshot` and `limit` are those of `quantize.tasks.Settings`.
+        engine: what runs them, as `eval.engine` names it.
         tolerance: nats a token by which the loss may be above the reference's.
         target: where it will run.
         output: folder of the report.
@@ -52,6 +54,7 @@ class Asked:
     tasks: Sequence[str] = ()
     num_fewshot: int | None = None
     limit: int | None = None
+    engine: str | None = None
     batch_size: int | None = None
     tolerance: float = 0.05
     target: str | None = None
@@ -70,6 +73,8 @@ class Plan:
         samples: how many of them; None = all. `calibrated`: how many before them are left out.
         format: what the model is quantised to, where the layers can be held against `references[0]`, its source.
         tasks: settings of the run's tasks; empty = it ran none.
+        run_engine: what ran them (`quantize.serving.engine.find_engine`); None = transformers. engine: what runs them
+            here.
         notes: for the reader, on what is compared.
     """
 
@@ -83,6 +88,8 @@ class Plan:
     batch_size: int = 8
     format: Mapping[str, Any] | None = None
     tasks: Mapping[str, Any] | None = None
+    run_engine: Mapping[str, Any] | None = None
+    engine: Mapping[str, Any] | None = None
     chat_template: str | None = None
     trust_remote_code: bool = False
     notes: Sequence[str] = ()
@@ -95,7 +102,24 @@ def make_plan(asked: Asked) -> Plan:
         UserError: there is no such run or model, one cannot be measured, or no data is named.
     """
     run = find_run(asked.source, asked.root)
-    return _of_folder(asked) if run is None else _of_run(run, asked)
+    found = _of_folder(asked) if run is None else _of_run(run, asked)
+    return _with_engine(found, asked) if asked.tasks else found
+
+
+def _with_engine(plan: Plan, asked: Asked) -> Plan:
+    """The plan with what runs the tasks; raises UserError where that cannot run the model."""
+    own = "transformers" if plan.run_engine is None else "vllm"
+    engine = find_engine(asked.engine or own)
+    if engine is not None and plan.model.simulate is not None:
+        raise UserError(
+            f"eval.engine=vllm: {plan.model.name}: vLLM runs no simulation; measure it where it runs, or use "
+            "eval.engine=transformers"
+        )
+    notes = list(plan.notes)
+    if plan.run_engine != engine and any(each.stored is not None for each in plan.references):
+        here, there = engine_words(engine), engine_words(plan.run_engine)
+        notes.append(f"Tasks run in {here} here, in {there} in the run: with its arms they make no pairs.")
+    return replace(plan, engine=engine, notes=notes)
 
 
 def _of_run(run: Path, asked: Asked) -> Plan:
@@ -133,6 +157,7 @@ def _of_run(run: Path, asked: Asked) -> Plan:
         batch_size=asked.batch_size or gathered["batch_size"],
         format=_settings(chosen, model) if compares_source else None,
         tasks=gathered["tasks"],
+        run_engine=gathered.get("engine"),
         chat_template=gathered["chat_template"],
         trust_remote_code=trust,
         notes=notes,

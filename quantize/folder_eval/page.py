@@ -141,7 +141,8 @@ def _tasks_section(found: Found) -> Iterator[Block]:
 
 def _how_run(settings: Mapping[str, Any]) -> str:
     limit, examples = settings["limit"], settings["num_fewshot"]
-    words = [f"at most {limit} samples of each"] if limit else []
+    words = [f"the models served by {settings['engine']}"] if settings.get("engine") else []
+    words += [f"at most {limit} samples of each"] if limit else []
     words += [f"{examples} examples in the prompts"] if examples is not None else []
     words += ["in the chat template"] if settings["chat_template"] else []
     return "".join(f", {each}" for each in words)

@@ -21,6 +21,7 @@ from quantize.files import make_folder, refuse_run, write_atomically, writing_to
 from quantize.folder_eval.models import Asked, Plan, make_plan
 from quantize.folder_eval.sources import MODEL, Model
 from quantize.folder_eval.work import Measured, measure
+from quantize.serving.engine import engine_words
 
 if TYPE_CHECKING:
     from quantize.tasks import Settings
@@ -30,6 +31,7 @@ _MIB = 1 << 20
 _OPTIONS = {  # what shared code calls by its name in a training's config -> this command's option
     "eval.tasks": "--tasks",
     "eval.num_fewshot": "--num-fewshot",
+    "eval.engine=": "--engine ",
     "quantize.target=": "--target ",
     "quantize.group_size=": "group size ",
 }
@@ -77,6 +79,8 @@ def _check(asked: Asked) -> None:
         raise UserError(f"--data {asked.data}: there is no such file")
     if asked.output is not None:
         refuse_run(asked.output)
+    if asked.engine == "vllm" and not asked.tasks:
+        raise UserError("--engine vllm runs tasks, and --tasks names none; name some, or leave it out")
     if asked.tasks:
         from quantize.tasks import check_names, require_lm_eval
 
@@ -152,7 +156,7 @@ def _found(plan: Plan, asked: Asked, measured: Measured, settings: Settings | No
         "format": dict(plan.format) if plan.format is not None else None,
         "tasks": tasks["tasks"],
         "tasks_mean": tasks["tasks_mean"],
-        "task_settings": asdict(settings) if settings is not None else None,
+        "task_settings": _told(settings, plan) if settings is not None else None,
         "task_notes": _task_notes(plan, measured, tasks),
         "layers": dict(measured.layers),
         "device": here["device"],
@@ -162,6 +166,12 @@ def _found(plan: Plan, asked: Asked, measured: Measured, settings: Settings | No
     found["good_enough"] = good_enough(found)
     found["verdict"] = verdict(found)
     return found
+
+
+def _told(settings: Settings, plan: Plan) -> dict[str, Any]:
+    """How the tasks were run, with what ran them where it is not the transformers of the packages."""
+    found = asdict(settings)
+    return found | ({"engine": engine_words(plan.engine)} if plan.engine is not None else {})
 
 
 def _entry(model: Model, measured: Measured) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def _measure(
     if plan.format is not None:
         jobs["layers"] = _layers(plan, folders, jobs[f"score {MODEL}"])
     if settings is not None:
-        told = {"tasks": asdict(settings), "chat_template": plan.chat_template}
+        told = {"tasks": asdict(settings), "chat_template": plan.chat_template, "engine": plan.engine}
         check = {**jobs[f"score {MODEL}"], **told, "kind": "tasks", "name": "tasks"}
         jobs = {"check": check, **jobs}  # what cannot be run is said before any model runs
         for each in fresh:
@@ -195,7 +195,7 @@ def _stored_rows(plan: Plan, rows: Sequence[Row]) -> dict[str, list[Row]]:
     found = {}
     for each in plan.references:
         path = task_rows_path(each.folder, each.id)
-        if each.stored is None or not path.is_file():
+        if each.stored is None or not path.is_file() or plan.engine != plan.run_engine:
             continue
         own = [row for name in names for row in load_rows(path) if row.name == name]
         if [(row.name, row.task, row.doc_id, row.doc_hash, row.metric) for row in own] == wanted:

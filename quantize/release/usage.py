@@ -5,20 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from quantize.document import Block, Code, Heading, Paragraph
 from quantize.release.source import Release
 from quantize.release.text import export_code
+from quantize.schemes import served_formats
+from quantize.serving.environment import lock_pins
 
-_VLLM: Mapping[tuple[str, str], tuple[str, ...]] = {
-    ("int4", "cuda-sm80"): (),
-    ("fp8", "cuda-sm89"): (),
-    ("fp8", "cuda-sm90-mslk"): ("mslk-cuda",),
-    ("int4", "cuda-sm90-mslk"): ("mslk-cuda",),
-}
-"""(scheme, target) -> packages beyond torchao. vLLM reads torchao's config from config.json, and these layouts are
-those of the releases that PyTorch serves with it."""
 _EXECUTORCH = ("int8-int4", "int8-int4-mobile")
 _PROMPT = "What is the sum of 12 and 30?"
 
@@ -94,24 +88,35 @@ def _kernels(release: Release) -> list[str]:
 
 
 def _vllm(release: Release) -> Iterator[Block]:
-    if release.experts:
-        yield Paragraph("No command is given: fused experts in torchao's layouts were never loaded there by us.")
+    why = _why_not_vllm(release)
+    if why:
+        plain = [f"{scheme.name} ({target.name})" for scheme, target in served_formats() if "mslk" not in target.needs]
+        formats = f"{', '.join(plain[:-1])} or {plain[-1]}"
+        yield Paragraph(f"No command is given: {why}. For vLLM convert the 16-bit weights to {formats}.")
         return
-    extra = _VLLM.get((release.scheme or "", release.target or ""))
-    if extra is not None:
-        torchao = _pinned(release, "torchao")
-        trust = " --trust-remote-code" if release.own_code else ""
-        yield Code(f"pip install {' '.join(['vllm', torchao, *extra])}\nvllm serve {shlex.quote(release.name)}{trust}")
-        yield Paragraph(
-            "vLLM reads the layout from config.json through torchao. Its speed was not measured for this release: it "
-            "brings kernels of its own."
-        )
-        return
-    what = f"{release.scheme} for {release.target}" if release.scheme else "this layout"
+    trust = " --trust-remote-code" if release.own_code else ""
+    packages = " ".join([*_served_by(), *_kernels(release)])
+    yield Code(f"pip install {packages}\nvllm serve {shlex.quote(release.name)}{trust}")
     yield Paragraph(
-        f"No command is given: {what} is not among the layouts that are known to run there at a gain. For vLLM convert "
-        "the 16-bit weights to int4 (target cuda-sm80) or fp8 (target cuda-sm89)."
+        "In an environment of its own: vLLM brings a torch of its own. It reads the layout from config.json through "
+        "torchao, and brings kernels of its own: its speed was not measured for this release. With ongrid: `quantize "
+        "serve` installs it, looks for what vLLM would refuse, and compares it with transformers (--check)."
     )
+
+
+def _why_not_vllm(release: Release) -> str:
+    """Why vLLM is not for a release; empty = it loads it as it is."""
+    if release.experts:
+        return "vLLM does not load fused experts in torchao's layouts"
+    if release.place is None:
+        return "which layout this is is not recorded"
+    return f"{release.scheme} for {release.target}: {release.place.vllm}" if release.place.vllm else ""
+
+
+def _served_by() -> list[str]:
+    """The exact packages, of the environment that was tried."""
+    pins = lock_pins()
+    return [f"{name}=={pins[name]}" for name in ("vllm", "torchao")]
 
 
 def _executorch(release: Release) -> Iterator[Block]:

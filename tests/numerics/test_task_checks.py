@@ -17,7 +17,7 @@ from quantize.errors import UserError
 from quantize.task_checks import check_runnable, context_length
 from quantize.task_metrics import task_metrics
 from quantize.task_rows import rows_of
-from quantize.tasks import Row, Settings, few_shot_numbers, load_rows, load_tasks, run_tasks, save_rows
+from quantize.tasks import Row, Settings, few_shot_numbers, load_rows, load_tasks, run_tasks, save_rows, transformers_lm
 from quantize.worker_jobs import check_tasks
 from train.models import byte_tokenizer
 
@@ -158,7 +158,7 @@ def _cut(names: list[str], context: int, tokenizer: Any = None, **changes: Any) 
 def _runs(names: list[str], context: int) -> None:
     settings = Settings(names=names, batch_size=3)
     model = tiny_model(vocab_size=len(byte_tokenizer()), max_position_embeddings=context)
-    run_tasks(model, byte_tokenizer(), load_tasks(settings), settings)
+    run_tasks(transformers_lm(model, byte_tokenizer()), load_tasks(settings), settings)
 
 
 def test_more_new_tokens_than_the_context_holds_are_refused(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_the_prompts_hold_the_number_of_examples_that_is_told(tmp_path: Path) ->
     settings = Settings(names=names, num_fewshot=2, batch_size=3)
     told = few_shot_numbers(load_tasks(settings))
     model = tiny_model(vocab_size=len(byte_tokenizer()))
-    for row in run_tasks(model, byte_tokenizer(), load_tasks(settings), settings):
+    for row in run_tasks(transformers_lm(model, byte_tokenizer()), load_tasks(settings), settings):
         assert row.prompt.count("Q: ") - 1 == told[row.name]
 
 
@@ -363,7 +363,7 @@ def test_a_group_that_may_be_split_is_named_as_it_may_be_reported(registered: Pa
         assert few_shot_numbers(load_tasks(settings)) == {"c": 2, "d": 2, "mixed": 2}
         assert _cut(["mixed"], 19) == {"c": 5, "d": 5, "mixed": 10}
         model = tiny_model(vocab_size=len(byte_tokenizer()))
-        rows = run_tasks(model, byte_tokenizer(), load_tasks(settings), settings)
+        rows = run_tasks(transformers_lm(model, byte_tokenizer()), load_tasks(settings), settings)
     assert {(row.name, row.metric) for row in rows} == {("c", "acc"), ("d", "acc_norm")}
 
 
@@ -378,11 +378,11 @@ def test_an_overflowing_model_scores_no_number(tmp_path: Path) -> None:
     model = tiny_model(vocab_size=len(byte_tokenizer()))
     names = [_write(tmp_path), _write(tmp_path, name="text", **ROLLING)]
     settings = Settings(names=names, batch_size=3)
-    sound = run_tasks(model, byte_tokenizer(), load_tasks(settings), settings)
+    sound = run_tasks(transformers_lm(model, byte_tokenizer()), load_tasks(settings), settings)
     assert all(math.isfinite(row.value or 0.0) for row in sound)
     with torch.no_grad():
         model.get_output_embeddings().weight[5] = math.nan
-    rows = run_tasks(model, byte_tokenizer(), load_tasks(settings), settings)
+    rows = run_tasks(transformers_lm(model, byte_tokenizer()), load_tasks(settings), settings)
     assert len(rows) == 10 and all(row.value is not None and math.isnan(row.value) for row in rows)
     assert json.loads(rows[0].others) == {"acc_norm": None}
     with pytest.raises(UserError, match="base: choices has no number for 5 of 5 samples"):
@@ -402,7 +402,9 @@ def test_one_choice_without_a_number_is_an_overflow(worst: float, finite: bool) 
 def test_the_metrics_after_the_first_are_kept(tmp_path: Path) -> None:
     names = [_write(tmp_path), _write(tmp_path, name="text", **ROLLING)]
     settings = Settings(names=names, batch_size=3)
-    rows = run_tasks(tiny_model(vocab_size=len(byte_tokenizer())), byte_tokenizer(), load_tasks(settings), settings)
+    rows = run_tasks(
+        transformers_lm(tiny_model(vocab_size=len(byte_tokenizer())), byte_tokenizer()), load_tasks(settings), settings
+    )
     for number, row in enumerate(rows):
         others = json.loads(row.others)
         if row.name == "choices":

@@ -29,6 +29,7 @@ from quantize.tasks import (
     load_tasks,
     run_tasks,
     save_rows,
+    transformers_lm,
 )
 from train.models import byte_tokenizer
 
@@ -96,7 +97,7 @@ def _log_likelihood(model: Any, prompt: list[int], answer: list[int]) -> float:
 def test_results_equal_log_likelihoods_and_generations_computed_by_hand(scheme: str | None, folder: Path) -> None:
     model, tokenizer = _model(scheme), byte_tokenizer()
     settings = _settings(folder, "choices", "writes", "text")
-    rows = run_tasks(model, tokenizer, load_tasks(settings), settings)
+    rows = run_tasks(transformers_lm(model, tokenizer), load_tasks(settings), settings)
     by_task = {name: [row for row in rows if row.name == name] for name in TASKS}
     assert all([row.doc_id for row in found] == list(range(len(ROWS))) for found in by_task.values())
     for number, row in enumerate(ROWS):
@@ -126,7 +127,9 @@ def test_results_equal_log_likelihoods_and_generations_computed_by_hand(scheme: 
 def test_log_likelihoods_of_a_model_in_16_bit_are_summed_in_32(folder: Path) -> None:
     model, tokenizer = _model(None).to(torch.bfloat16), byte_tokenizer()
     settings = replace(_settings(folder, "text"), batch_size=1)
-    for row, read in zip(ROWS, run_tasks(model, tokenizer, load_tasks(settings), settings), strict=True):
+    for row, read in zip(
+        ROWS, run_tasks(transformers_lm(model, tokenizer), load_tasks(settings), settings), strict=True
+    ):
         ids = tokenizer.encode(row["question"])
         # In bfloat16 a sum of 100 nats is known to half a nat.
         assert read.value == pytest.approx(-_log_likelihood(model, [tokenizer.eos_token_id], ids), abs=2e-3)
@@ -135,7 +138,10 @@ def test_log_likelihoods_of_a_model_in_16_bit_are_summed_in_32(folder: Path) -> 
 def test_a_quantised_model_gives_other_log_likelihoods(folder: Path) -> None:
     settings = _settings(folder, "text")
     values = [
-        [row.value for row in run_tasks(_model(scheme), byte_tokenizer(), load_tasks(settings), settings)]
+        [
+            row.value
+            for row in run_tasks(transformers_lm(_model(scheme), byte_tokenizer()), load_tasks(settings), settings)
+        ]
         for scheme in (None, "int3")
     ]
     assert all(a != b for a, b in zip(*values, strict=True))
@@ -147,18 +153,20 @@ def test_few_shot_limit_and_chat_template_change_the_prompt(folder: Path) -> Non
     settings = _settings(folder, "choices", limit=2, num_fewshot=1, chat_template=True)
     tasks = load_tasks(settings)
     assert count_samples(tasks["choices"], 2) == 2
-    rows = run_tasks(model, tokenizer, tasks, settings)
+    rows = run_tasks(transformers_lm(model, tokenizer), tasks, settings)
     assert len(rows) == 2
     assert rows[0].prompt.count("[user]") == 2 and rows[0].prompt.count("[assistant]") == 1
     plain = run_tasks(
-        model, tokenizer, load_tasks(replace(settings, num_fewshot=None)), replace(settings, num_fewshot=None)
+        transformers_lm(model, tokenizer),
+        load_tasks(replace(settings, num_fewshot=None)),
+        replace(settings, num_fewshot=None),
     )
     assert plain[0].prompt == "[user]Q: spell cat\nA:"
 
 
 def test_rows_survive_the_file(folder: Path, tmp_path: Path) -> None:
     settings = _settings(folder, "choices", "text")
-    rows = run_tasks(_model(None), byte_tokenizer(), load_tasks(settings), settings)
+    rows = run_tasks(transformers_lm(_model(None), byte_tokenizer()), load_tasks(settings), settings)
     rows.append(Row("x", "x", 0, "h", None, None, 1.0, True, "p\n", "ü", ""))
     save_rows(rows, tmp_path / "rows.parquet")
     assert load_rows(tmp_path / "rows.parquet") == rows
@@ -211,7 +219,7 @@ def test_a_second_try_with_a_smaller_batch_draws_the_same_examples(
     import lm_eval.evaluator
 
     settings = replace(_settings(folder, "choices", num_fewshot=2), batch_size=4)
-    whole = run_tasks(_model(None), byte_tokenizer(), load_tasks(settings), settings)
+    whole = run_tasks(transformers_lm(_model(None), byte_tokenizer()), load_tasks(settings), settings)
     evaluate, tried = lm_eval.evaluator.evaluate, []
 
     def short_of_memory(lm: Any, *args: Any, **options: Any) -> Any:
@@ -222,7 +230,7 @@ def test_a_second_try_with_a_smaller_batch_draws_the_same_examples(
         return result
 
     monkeypatch.setattr(lm_eval.evaluator, "evaluate", short_of_memory)
-    again = run_tasks(_model(None), byte_tokenizer(), load_tasks(settings), settings)
+    again = run_tasks(transformers_lm(_model(None), byte_tokenizer()), load_tasks(settings), settings)
     assert tried == [4, 2] and [row.prompt for row in again] == [row.prompt for row in whole]
 
 

@@ -99,11 +99,17 @@ def test_without_control_rows_are_left_out_with_the_reason(tmp_path: Path) -> No
     assert "weights in memory: not known (not measured in this run)" in card
 
 
+def test_a_layout_that_vllm_is_not_for_says_why(tmp_path: Path) -> None:
+    card = card_of(make_run(tmp_path / "run", quickstart_metrics()))
+    assert "No command is given: int8-int4 for cpu: it is for phones and CPUs: it has no kernel there" in card
+    assert "For vLLM convert the 16-bit weights to int4 (cuda-sm80), int8 (cuda), int8-int8 (cuda) or fp8" in card
+
+
 def test_fp8_is_served_by_vllm_and_not_by_a_phone(tmp_path: Path) -> None:
     metrics = quickstart_metrics() | {"scheme": "fp8", "target": "cuda-sm89", "dtype": "bfloat16"}
     metrics["train_ship_gap"] = 0.00123
     card = card_of(make_run(tmp_path / "run", metrics), "me/fp8")
-    assert "pip install vllm torchao==0.18.0\nvllm serve me/fp8" in card
+    assert "pip install vllm==0.23.0 torchao==0.18.0\nvllm serve me/fp8" in card
     assert 'device_map="cuda"' in card and "a CUDA GPU of compute capability 8.9 or newer" in card
     assert "Not for fp8: ExecuTorch's XNNPACK" in card
     assert "trained function minus shipped function: +0.00123 nats per answer token" in card
@@ -379,5 +385,5 @@ def test_the_code_for_a_mixture_of_experts_runs_as_shown(name: str, target: str,
     card = card_of(folder)
     load, *_ = blocks_of(card, "python")
     assert 'experts_implementation="eager"' in load and ("let_tensors_select()" in load) == (name == "int8-int4")
-    assert "fused experts in torchao's layouts were never loaded there" in card and "Not for a mixture" in card
+    assert "vLLM does not load fused experts in torchao's layouts" in card and "Not for a mixture" in card
     run_python(load, tmp_path)

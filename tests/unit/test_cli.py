@@ -263,7 +263,7 @@ class TestDryRun:
         assert advice in capsys.readouterr().err
 
     def test_no_gpu_for_the_target(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(plan_module, "_has_nvidia", lambda: False)
+        monkeypatch.setattr(plan_module, "has_nvidia_driver", lambda: False)
         steps = {step.name: step for step in estimate(load_config("tiny.yaml", ["--qat=fp8"])).steps}
         assert "cuda>=8.9" in (steps["quantize"].skipped or "")
         assert "simulated" in steps["evaluate final"].text
@@ -329,7 +329,7 @@ class TestEstimate:
     @pytest.mark.parametrize(("backend", "measured_gib"), [("unsloth", 4.3), ("peft", 20.7)])
     def test_near_measured_peaks(self, backend: str, measured_gib: float, monkeypatch: pytest.MonkeyPatch) -> None:
         # One H200, Qwen3-1.7B shape, 8 x 1024 tokens, gradient checkpointing, r=16.
-        monkeypatch.setattr(plan_module, "_has_nvidia", lambda: True)
+        monkeypatch.setattr(plan_module, "has_nvidia_driver", lambda: True)
         model = {"id": "random", "backend": backend, "random": "full", "architecture": "qwen3", "shape": QWEN3_1_7B}
         train = {"per_device_train_batch_size": 8, "max_length": 1024, "gradient_checkpointing": True}
         plan = estimate(RunConfig.model_validate({"model": model, "data": {"train": "x"}, "train": train}))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from documented import CAPITALS, COMMAND, NOT_RUN, ROOT, documents, joined_lines
 
-from quantize.cli import _parser
+from quantize.cli import _parser, _split
 from quantize.commands import VERBS
 from quantize.errors import UserError
 from train.cli import split_arguments
@@ -68,7 +68,7 @@ def test_every_shown_command_has_options_that_exist(name: str) -> None:
         words = shlex.split(line)
         program = re.split(r"[=/]", words[0])[-1] if "=" not in words[0] else words[0].partition("=")[0]
         if program == "quantize":
-            _parser().parse_args(words[1:])
+            _parser().parse_args(_split(words[1:])[0])
         elif program == "train":
             check_train(words[1:])
         elif program == "make":

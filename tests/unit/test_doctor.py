@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_vllm import make_environment
 
 from quantize.cli import main
 from quantize.doctor import abilities, child, examine, machine, packages, tools
 from quantize.doctor.findings import Finding, look, tilde
 from quantize.schemes import SCHEMES
+from quantize.serving import environment
 
 INSTALLED = {
     "ongrid": "0.1.0", "torch": "2.11.0", "torchao": "0.18.0", "transformers": "5.17.0", "peft": "0.21.2",
@@ -58,6 +60,9 @@ def imagined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Examine:
     monkeypatch.setattr(packages, "asked", lambda extra=None: (f"{extra}==1",) if extra else NEEDS)
     monkeypatch.setattr(abilities.metadata, "requires", lambda name: ["torchvision", "xformers", "triton", "peft"])
     monkeypatch.setattr(machine, "has_driver", lambda: False)
+    monkeypatch.setattr(environment.shutil, "which", lambda name: None)
+    monkeypatch.setattr(environment, "made_folder", lambda: tmp_path / "none")
+    monkeypatch.delenv("ONGRID_VLLM", raising=False)
 
     def run(
         answers: dict[str, Any], gpus: tuple[machine.Gpu, ...] = (), *, imports: bool = False, **versions: str | None
@@ -83,8 +88,17 @@ def test_a_gpu_that_has_everything(imagined: Examine) -> None:
     assert found["Train"]["backend unsloth"].state == "yes" and "--imports" in found["Train"]["backend unsloth"].text
     assert "bfloat16" in found["Train"]["device"].text and "fp8" in found["Train"]["fused kernels"].text
     assert {found["Run: the formats"][name].state for name in SCHEMES} == {"yes"}
-    assert found["Export"]["vLLM"].command.startswith("python3 -m venv")
+    assert found["Export"]["vLLM"].command == "quantize serve --setup"
     assert found[""]["verdict"].text.startswith("trains with unsloth or peft; 15 formats run here, 0 are simulated")
+
+
+def test_a_vllm_that_is_there(imagined: Examine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONGRID_VLLM", str(make_environment(tmp_path / "vllm", vllm="0.22.1")))
+    told = imagined(answers_of("13.0", "9.0"), (H100,))["Export"]["vLLM"]
+    assert told.state == "yes" and told.text.startswith("0.22.1 $ONGRID_VLLM (")
+    assert "torchao 0.18.0, tried was 0.23.0 (quantize serve --setup); it serves int4 for cuda-sm80, " in told.text
+    monkeypatch.setenv("ONGRID_VLLM", str(make_environment(tmp_path / "bare", torchao=None)))
+    assert imagined(answers_of("13.0", "9.0"), (H100,))["Export"]["vLLM"].state == "broken"
 
 
 def test_no_cuda_at_all(imagined: Examine) -> None:

@@ -55,8 +55,15 @@ def project() -> dict[str, Any]:
 # ---- locks -----------------------------------------------------------------------------------------------------------
 
 
-def test_both_locks_exist() -> None:
-    assert LOCKS == [check.CPU_LOCK, check.CUDA_LOCK]
+def test_the_locks_exist() -> None:
+    assert LOCKS == [check.CPU_LOCK, check.CUDA_LOCK, check.VLLM_LOCK]
+
+
+def test_the_package_ships_the_lock_of_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check.check_shipped() == []
+    other = ROOT / "requirements" / "cpu-py311.txt"
+    monkeypatch.setattr(check, "SHIPPED", other)
+    assert "not the same list" in check.check_shipped()[0]
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.stem)

@@ -26,7 +26,7 @@ def _steps(*words: str, config: str = "tiny.yaml") -> dict[str, Step]:
 
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "_has_nvidia", lambda: False)
+    monkeypatch.setattr(plan_module, "has_nvidia_driver", lambda: False)
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,8 @@ def _write(run: RunDir, *events: Event) -> WandbSink:
 
 def test_config_steps_summary_table_and_report_arrive(run: RunDir) -> None:
     step = Event("step", {"arm": "tuned", "step": 3, "loss": 1.25, "learning_rate": 1e-3})
-    _write(run, step, Event("metrics", METRICS), Event("report", {"text": "..."}))
+    engine = Event("engine", {"tasks": "vLLM 0.23.0"})
+    _write(run, engine, step, Event("metrics", METRICS), Event("report", {"text": "..."}))
     records = list(_records(run))
     (started,) = [record.run for record in records if record.HasField("run")][:1]
     config = _values(started.config.update)
@@ -122,6 +123,7 @@ def test_config_steps_summary_table_and_report_arrive(run: RunDir) -> None:
     assert of_final["accuracy_vs_base_low"] < 0.25 < of_final["accuracy_vs_base_high"]
     assert logged["tasks._type"] == "table-file" and logged["tasks.ncols"] == 14
     assert logged["plots/loss._type"] == "image-file" and logged["plots/loss.width"] > 400
+    assert summary["tasks_engine"] == "vLLM 0.23.0"
     assert summary["final.loss"] == 1.5 and summary["size.final_mib"] == 10.0
     assert "control.loss" not in summary
     artifacts = [record.request.log_artifact.artifact for record in records if record.HasField("request")]

@@ -1,0 +1,244 @@
+"""vLLM beside transformers on the same checkpoint: loss on held-out samples, and greedy tokens after their prompts.
+
+transformers runs first, in a process of its own that gives the GPU back, then vLLM. Both get token ids.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize.errors import UserError
+
+if TYPE_CHECKING:
+    from quantize.evaluate import Sample
+    from quantize.serving.check import Served
+    from quantize.serving.client import Completion, Score
+    from quantize.serving.environment import Vllm
+    from quantize.statistics import Interval
+
+TOLERANCE = 0.05
+"""Nats a token that the losses may be apart, as `quantize eval` takes for good enough. Other kernels sum in another
+order, and torch.compile leaves out roundings of fp8 (docs/RESULTS.md); a layer that is loaded wrongly costs more."""
+_SHORTEST = 8
+"""Tokens of a prompt, where a sample has none: its own beginning is taken."""
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is compared on.
+
+    Attributes:
+        data: held-out text (see `quantize.texts`). samples: of it, at most.
+        tokens: greedy ones after each prompt.
+        arguments: of `vllm serve`.
+    """
+
+    data: Path
+    samples: int
+    tokens: int
+    arguments: tuple[str, ...]
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where the greedy tokens after a prompt part.
+
+    Attributes:
+        position: number of equal tokens before.
+        margin: nats by which transformers' most likely token is ahead of its second there.
+        second: vLLM took that second.
+    """
+
+    position: int
+    margin: float
+    second: bool
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What was found.
+
+    Attributes:
+        transformers, vllm: loss in nats a token. gap: vLLM's minus transformers', with its paired interval.
+        same: share of the scored tokens at which both have the same most likely one.
+        prompts: how many. tokens: greedy ones of each. equal: those before the first difference, of all.
+        differences: one for each prompt whose tokens part.
+        fault: why that is no agreement; None = it is one.
+    """
+
+    transformers: float
+    vllm: float
+    gap: Interval
+    same: float
+    prompts: int
+    tokens: int
+    equal: int
+    differences: tuple[Difference, ...]
+
+    @property
+    def fault(self) -> str | None:
+        """Why that is no agreement; None = it is one."""
+        if abs(self.gap.value) <= TOLERANCE:
+            return None
+        return (
+            f"vLLM's loss is {self.gap.value:+.4f} nats a token from that of transformers on the same checkpoint, "
+            f"beyond {TOLERANCE}: it does not compute the model that was measured"
+        )
+
+
+def compare(served: Served, vllm: Vllm, asked: Asked, log: Path) -> Agreement:
+    """Runs both on the same samples.
+
+    Raises:
+        UserError: the text cannot be read, or does not fit the model.
+        RuntimeError: either of them failed.
+    """
+    from quantize.serving import client
+    from quantize.serving.server import serving
+    from quantize.worker import run_jobs
+
+    job = {
+        "kind": "greedy", "name": "transformers", "model": str(served.folder), "data": str(asked.data.resolve()),
+        "samples": asked.samples, "tokens": asked.tokens, "trust_remote_code": asked.trust_remote_code,
+    }  # fmt: skip
+    place = Path(tempfile.mkdtemp(prefix="agreement-"))
+    try:
+        (plain,) = run_jobs([job], place / "transformers.request.json")
+    except RuntimeError:
+        raise  # it names its log, which stays
+    except BaseException:
+        shutil.rmtree(place)
+        raise
+    shutil.rmtree(place)
+    with serving(served.folder, vllm, log=log, arguments=asked.arguments, model=served.name) as server:
+        scores = client.score(server, plain["ids"])
+        completions = client.complete(server, plain["prompts"], asked.tokens, ignore_eos=True)
+    return _compared(plain, scores, completions, asked.tokens)
+
+
+def _compared(
+    plain: Mapping[str, Any], scores: Sequence[Score], completions: Sequence[Completion], tokens: int
+) -> Agreement:
+    from quantize.statistics import paired_loss_difference
+
+    nll, same = [], 0
+    for score, mask, greedy in zip(scores, plain["masks"], plain["greedy_answers"], strict=True):
+        chosen = [number for number, answer in enumerate(mask[1:]) if answer]
+        nll.append(-sum(score.logprobs[number] for number in chosen))
+        same += sum(score.argmax[number] == best for number, best in zip(chosen, greedy, strict=True))
+    count = sum(plain["counts"])
+    parted = [
+        _first_difference(found.tokens, greedy, margins, seconds)
+        for found, greedy, margins, seconds in zip(
+            completions, plain["greedy"], plain["margins"], plain["seconds"], strict=True
+        )
+    ]
+    differences = tuple(each for each in parted if each is not None)
+    lost = sum(tokens - each.position for each in differences)
+    return Agreement(
+        sum(plain["nll"]) / count, sum(nll) / count, paired_loss_difference(nll, plain["nll"], plain["counts"]),
+        same / count, len(parted), tokens, len(parted) * tokens - lost, differences,
+    )  # fmt: skip
+
+
+def _first_difference(
+    found: Sequence[int], greedy: Sequence[int], margins: Sequence[float], seconds: Sequence[int]
+) -> Difference | None:
+    for position, (token, best) in enumerate(zip(found, greedy, strict=True)):
+        if token != best:
+            return Difference(position, margins[position], token == seconds[position])
+    return None
+
+
+def describe(found: Agreement) -> list[str]:
+    """In words, a line each."""
+    apart = found.differences
+    gap = found.gap
+    lines = [
+        f"loss, nats a token: transformers {found.transformers:.4f}, vLLM {found.vllm:.4f}; vLLM - transformers "
+        f"{gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]",
+        f"the same most likely token at {found.same:.2%} of the scored ones",
+        f"greedy tokens: all {found.tokens} equal after {found.prompts - len(apart)} of {found.prompts} prompts; "
+        f"{found.equal / (found.prompts * found.tokens):.1%} of all tokens lie before the first difference",
+    ]
+    if apart:
+        margins = sorted(each.margin for each in apart)
+        seconds = sum(each.second for each in apart)
+        lines.append(
+            f"where they part, transformers' best token is {margins[len(margins) // 2]:.4f} nats ahead of its second "
+            f"(median; {margins[-1]:.4f} at most), and vLLM took that second in {seconds} of {len(apart)}"
+        )
+    return lines
+
+
+# ---------------------------------------------------------------------- in quantize.worker
+
+
+def by_transformers(job: Mapping[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """The job `greedy`: scores samples, and continues each prompt greedily, one at a time.
+
+    Keys: model, data, samples, tokens, trust_remote_code.
+
+    Returns:
+        ids, masks, nll, counts, greedy_answers (most likely tokens at the scored ones) of each sample; prompts, greedy,
+        margins, seconds of each continuation.
+    """
+    from quantize.evaluate import evaluate_model
+    from quantize.texts import load_samples
+    from quantize.worker_jobs import _load, _tokenizer
+
+    model, _ = _load({**job, "dtype": None, "simulate": None})
+    longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 2**31)
+    every = load_samples(Path(job["data"]), _tokenizer(job), job["samples"])
+    samples = [sample for sample in every if len(sample.input_ids) < longest]
+    room = longest - job["tokens"]
+    if not samples or room < 1:
+        raise UserError(
+            f"--data {job['data']}: no sample of it, or --tokens {job['tokens']}, fits the model's {longest} positions"
+        )
+    scores = evaluate_model(model, samples, batch_size=_BATCH)
+    if scores.broken:
+        raise UserError(f"{job['model']}: the loss of {scores.broken} samples is NaN or infinite in transformers")
+    prompts, continued = [_prompt(sample)[-room:] for sample in samples], []
+    for prompt in prompts:
+        continued.append(_continue(model, prompt, job["tokens"]))
+        progress(len(continued), len(prompts))
+    return {
+        "ids": [list(sample.input_ids) for sample in samples],
+        "masks": [list(map(int, sample.loss_mask)) for sample in samples],
+        "nll": scores.nll.tolist(), "counts": scores.tokens.tolist(), "greedy_answers": scores.greedy,
+        "prompts": prompts, "greedy": [each[0] for each in continued], "margins": [each[1] for each in continued],
+        "seconds": [each[2] for each in continued],
+    }  # fmt: skip
+
+
+def _prompt(sample: Sample) -> list[int]:
+    """What comes before the answer; of a text, its first half."""
+    ids = list(sample.input_ids)
+    first = next(number for number, answer in enumerate(sample.loss_mask) if answer and number)
+    return ids[:first] if first >= _SHORTEST else ids[: max(first, len(ids) // 2)]
+
+
+def _continue(model: Any, prompt: Sequence[int], count: int) -> tuple[list[int], list[float], list[int]]:
+    """Greedy tokens, by how many nats each is ahead of the second, and those second ones."""
+    import torch
+
+    device = next(model.parameters()).device
+    tokens, margins, seconds = list[int](), list[float](), list[int]()
+    ids, cache = torch.tensor([list(prompt)], device=device), None
+    with torch.inference_mode():
+        for _ in range(count):
+            output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            best = output.logits[0, -1].float().topk(2)
+            tokens.append(int(best.indices[0]))
+            seconds.append(int(best.indices[1]))
+            margins.append(float(best.values[0] - best.values[1]))
+            ids, cache = best.indices[:1].reshape(1, 1), output.past_key_values
+    return tokens, margins, seconds

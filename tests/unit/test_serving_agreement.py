@@ -1,0 +1,53 @@
+"""What vLLM and transformers agree on, in numbers made here."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from quantize.serving.agreement import Difference, _compared, describe
+from quantize.serving.client import Completion, Score
+
+PLAIN = {
+    "ids": [[5, 6, 7, 8]] * 8, "masks": [[0, 0, 1, 1]] * 8, "nll": [2.0] * 8, "counts": [2] * 8,
+    "greedy_answers": [[7, 9]] * 8, "prompts": [[5, 6]] * 8, "greedy": [[1, 2, 3]] * 8,
+    "margins": [[1.0, 0.01, 2.0]] * 8, "seconds": [[4, 5, 6]] * 8,
+}  # fmt: skip
+
+
+def scores(nats: float) -> list[Score]:
+    """The first token is the prompt's, and not scored."""
+    return [Score([-50.0, -nats, -nats], [6, 7, 8], [0.0] * 3)] * 8
+
+
+def completions(*tokens: list[int]) -> list[Completion]:
+    return [Completion(each, "", "length") for each in (*tokens, *[[1, 2, 3]] * (8 - len(tokens)))]
+
+
+def test_equal_ones() -> None:
+    found = _compared(PLAIN, scores(1.0), completions(), 3)
+    assert (found.transformers, found.vllm, found.gap.value, found.fault) == (1.0, 1.0, 0.0, None)
+    assert (found.equal, found.differences) == (24, ())
+    assert found.same == 0.5  # 7 is in both, 8 is not 9
+    assert "all 3 equal after 8 of 8 prompts; 100.0% of all tokens" in describe(found)[2]
+
+
+def test_the_first_difference_has_its_margin() -> None:
+    found = _compared(PLAIN, scores(1.01), completions([1, 5, 3], [0, 2, 3]), 3)
+    assert found.differences == (Difference(1, 0.01, True), Difference(0, 1.0, False))
+    assert found.equal == 24 - 2 - 3
+    assert math.isclose(found.gap.value, 0.01) and found.fault is None
+    *_, greedy, parted = describe(found)
+    assert "all 3 equal after 6 of 8 prompts; 79.2% of all tokens" in greedy
+    assert parted.endswith("1.0000 at most), and vLLM took that second in 1 of 2")
+
+
+def test_another_model_is_a_fault() -> None:
+    found = _compared(PLAIN, scores(1.2), completions(), 3)
+    assert found.fault is not None and "+0.2000 nats a token" in found.fault
+
+
+def test_an_answer_that_is_too_short_is_a_failure_of_ours() -> None:
+    with pytest.raises(ValueError):
+        _compared(PLAIN, scores(1.0), completions([1]), 3)
