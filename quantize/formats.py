@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quantize.errors import UserError
-from quantize.speed import Speed
+from quantize.speed import ServedSpeed, Speed
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +55,8 @@ class Target:
     """None = not measured."""
     vllm: str = "it was never loaded there"
     """Why vLLM is not for this layout; empty = it loads the checkpoint as it is."""
+    served: ServedSpeed | None = None
+    """How fast vLLM serves it; None = not measured."""
     note: str = ""
     """One line on what sets it apart from the scheme's other targets, or on what was never tried of it."""
 

@@ -27,7 +27,7 @@ from quantize.layouts import (
     named,
     nvfp4_targets,
 )
-from quantize.speed import on_cpu, on_gpu
+from quantize.speed import ServedSpeed, on_cpu, on_gpu
 
 __all__ = ["SCHEMES", "Scheme", "Target", "find_scheme", "served_formats"]
 
@@ -63,6 +63,7 @@ _ALL = (
                 needs=("cuda>=8.0",),
                 experts=True,
                 vllm="",
+                served=ServedSpeed(latency=((1, 1.29), (256, 0.08)), weights=0.40, group_size=128),
                 max_output_error=0.0005,  # equal weights, summed in another order: measured 0.0002
                 # Measured: 0.0001 to 0.0009 over 2,400 samples, 0.006 over 64 (docs/RESULTS.md): a last bit here and
                 # there is noise whose mean shrinks with the samples, and a run may have few.

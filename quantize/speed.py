@@ -40,6 +40,33 @@ class Speed:
         return f"{'; '.join(parts)} ({self.shape}{groups}, in torch on {self.device}{how})"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServedSpeed:
+    """How fast vLLM serves a target beside the unquantised model: the time of that over its own.
+
+    Measured by `benchmarks/serving.py` (docs/RESULTS.md): from the request to the last of 256 tokens, after 256.
+    """
+
+    latency: tuple[tuple[int, float], ...]
+    """(requests at a time, ratio of the latency)."""
+    weights: float
+    """Memory of the weights, as a share of the unquantised model's."""
+    shape: str = "Qwen3-8B"
+    group_size: int | None = None
+    """Weights per scale; None = one a row."""
+    engine: str = "vLLM 0.23.0"
+    device: str = "one H200"
+
+    def __str__(self) -> str:
+        """One line."""
+        ratios = ", ".join(f"{ratio:.2f}x at batch {batch}" for batch, ratio in self.latency)
+        groups = "" if self.group_size is None else f", groups of {self.group_size}"
+        return (
+            f"{ratios}, against bf16; weights {self.weights - 1:+.0%} ({self.shape}{groups}, 256 tokens in and 256 "
+            f"out, {self.engine} on {self.device})"
+        )
+
+
 def on_cpu(one: float, eight: float, group_size: int | None = 32) -> Speed:
     """Of one sequence and of eight at a time."""
     decode = ((1, one), (8, eight))

@@ -135,7 +135,7 @@ def _format(scheme: Scheme) -> Iterator[str]:
             _needs(target),
             _fidelity(target),
             _speed(target),
-            f"no, {target.vllm}" if target.vllm else "yes",
+            f"no, {target.vllm}" if target.vllm else f"yes; speed: {target.served or 'not measured'}",
         )
         for target in scheme.targets.values()
     ]

@@ -88,7 +88,9 @@ def _details(schemes: list[Scheme], missing: Missing, width: int) -> Iterator[st
 
 
 def _vllm(target: Target) -> str:
-    return f"no, {target.vllm}" if target.vllm else "loads it as it is (quantize serve)"
+    if target.vllm:
+        return f"no, {target.vllm}"
+    return f"loads it as it is (quantize serve); speed there: {target.served or 'not measured'}"
 
 
 def _state(lacking: list[str], target: Target) -> str:

@@ -1,9 +1,6 @@
 """An exported model beside the torch model of the same checkpoint: the same tokens through both.
 
-Int8 activations are chosen anew for each token, so a last bit in which two runtimes differ can move an activation to
-the next integer, and every layer after it sees that. How far this alone carries is measured too: the torch model beside
-itself, with its embeddings changed by a part in ten million. That is the floor: no runtime can agree better with torch
-than torch does with itself.
+How far a last bit in which two runtimes differ carries is measured too (`quantize.last_bit`): that is the floor.
 
 Shapes: `T` tokens, `V` vocabulary.
 """
@@ -19,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantize.last_bit import last_bits_changed
+
 MAX_GAP_NATS = 0.05
 """A larger difference of the losses, beyond what so few positions leave open, is no rounding."""
 MAX_LESS_AGREEMENT = 0.05
 """Share of equal argmax that an export may lack beside the floor's, beyond what so few positions leave open."""
-_LAST_BIT = 1e-7
 _PROMPT = "Once upon a time"
 
 
@@ -86,20 +84,6 @@ def torch_greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def torch_with_last_bits(model: Any, tokens: Sequence[int]) -> Tensor:
-    """`torch_logits` where the embeddings are changed by about a last bit."""
-    noise = torch.Generator().manual_seed(0)
-
-    def change(module: Any, inputs: Any, output: Tensor) -> Tensor:
-        return output * (1 + _LAST_BIT * torch.randn(output.shape, generator=noise))
-
-    hook = model.get_input_embeddings().register_forward_hook(change)
-    try:
-        return torch_logits(model, tokens)
-    finally:
-        hook.remove()
-
-
 def verify(path: Path, model: Any, source: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     """Runs a .pte beside the torch model. Keys of `job`: samples, n_samples, n_tokens, max_seq_len.
 
@@ -116,7 +100,9 @@ def verify(path: Path, model: Any, source: Path, job: Mapping[str, Any]) -> dict
     reference = [torch_logits(model, tokens) for tokens in samples]
     positions = sum(map(len, samples))
     distance = measure(reference, [program.all_logits(tokens) for tokens in samples], samples)
-    floor = measure(reference, [torch_with_last_bits(model, tokens) for tokens in samples], samples)
+    with last_bits_changed(model):
+        changed = [torch_logits(model, tokens) for tokens in samples]
+    floor = measure(reference, changed, samples)
     return {
         "greedy": {
             "prompt": prompt,

@@ -1,10 +1,12 @@
 """vLLM beside transformers on the same checkpoint: loss on held-out samples, and greedy tokens after their prompts.
 
-transformers runs first, in a process of its own that gives the GPU back, then vLLM. Both get token ids.
+transformers runs first, in a process of its own that gives the GPU back, then vLLM. Both get token ids. How far a last
+bit in which they differ carries is measured, too: transformers beside itself (`quantize.last_bit`) is the floor.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +24,11 @@ if TYPE_CHECKING:
     from quantize.statistics import Interval
 
 TOLERANCE = 0.05
-"""Nats a token that the losses may be apart, as `quantize eval` takes for good enough. Other kernels sum in another
-order, and torch.compile leaves out roundings of fp8 (docs/RESULTS.md); a layer that is loaded wrongly costs more."""
+"""Nats a token that the losses may be apart beyond what a last bit makes, as `quantize eval` takes for good enough.
+Other kernels sum in another order, and torch.compile leaves out roundings of fp8 (docs/RESULTS.md); a layer that is
+loaded wrongly costs more."""
+_LESS = 0.05
+"""Share of equal argmax that vLLM may lack beside the floor's, beyond what so few tokens leave open."""
 _SHORTEST = 8
 """Tokens of a prompt, where a sample has none: its own beginning is taken."""
 _BATCH = 8
@@ -67,7 +72,8 @@ class Agreement:
 
     Attributes:
         transformers, vllm: loss in nats a token. gap: vLLM's minus transformers', with its paired interval.
-        same: share of the scored tokens at which both have the same most likely one.
+        same: share of the scored tokens at which both have the same most likely one. scored: how many those are.
+        floor_gap, floor_same: those of transformers with a last bit changed, beside itself.
         prompts: how many. tokens: greedy ones of each. equal: those before the first difference, of all.
         differences: one for each prompt whose tokens part.
         fault: why that is no agreement; None = it is one.
@@ -77,6 +83,9 @@ class Agreement:
     vllm: float
     gap: Interval
     same: float
+    scored: int
+    floor_gap: float
+    floor_same: float
     prompts: int
     tokens: int
     equal: int
@@ -85,12 +94,18 @@ class Agreement:
     @property
     def fault(self) -> str | None:
         """Why that is no agreement; None = it is one."""
-        if abs(self.gap.value) <= TOLERANCE:
-            return None
-        return (
-            f"vLLM's loss is {self.gap.value:+.4f} nats a token from that of transformers on the same checkpoint, "
-            f"beyond {TOLERANCE}: it does not compute the model that was measured"
-        )
+        if not abs(self.gap.value) <= TOLERANCE + abs(self.floor_gap):
+            return (
+                f"vLLM's loss is {self.gap.value:+.4f} nats a token from that of transformers on the same checkpoint, "
+                f"beyond {TOLERANCE} and the {abs(self.floor_gap):.4f} that a last bit makes: it does not compute the "
+                "model that was measured"
+            )
+        if self.same < self.floor_same - _LESS - 1 / math.sqrt(self.scored):  # two standard errors of a half
+            return (
+                f"vLLM and transformers have the same most likely token at {self.same:.2%} of the scored ones, where a "
+                f"last bit leaves {self.floor_same:.2%}: it does not compute the model that was measured"
+            )
+        return None
 
 
 def compare(served: Served, vllm: Vllm, asked: Asked, log: Path) -> Agreement:
@@ -144,7 +159,8 @@ def _compared(
     lost = sum(tokens - each.position for each in differences)
     return Agreement(
         sum(plain["nll"]) / count, sum(nll) / count, paired_loss_difference(nll, plain["nll"], plain["counts"]),
-        same / count, len(parted), tokens, len(parted) * tokens - lost, differences,
+        same / count, count, (sum(plain["floor_nll"]) - sum(plain["nll"])) / count, sum(plain["floor_top1"]) / count,
+        len(parted), tokens, len(parted) * tokens - lost, differences,
     )  # fmt: skip
 
 
@@ -164,7 +180,9 @@ def describe(found: Agreement) -> list[str]:
     lines = [
         f"loss, nats a token: transformers {found.transformers:.4f}, vLLM {found.vllm:.4f}; vLLM - transformers "
         f"{gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]",
-        f"the same most likely token at {found.same:.2%} of the scored ones",
+        f"the same most likely token at {found.same:.2%} of the {found.scored} scored ones",
+        f"transformers beside itself, embeddings changed by a last bit: loss {found.floor_gap:+.4f}, the same most "
+        f"likely token at {found.floor_same:.2%}",
         f"greedy tokens: all {found.tokens} equal after {found.prompts - len(apart)} of {found.prompts} prompts; "
         f"{found.equal / (found.prompts * found.tokens):.1%} of all tokens lie before the first difference",
     ]
@@ -187,10 +205,12 @@ def by_transformers(job: Mapping[str, Any], progress: Callable[[int, int], None]
     Keys: model, data, samples, tokens, trust_remote_code.
 
     Returns:
-        ids, masks, nll, counts, greedy_answers (most likely tokens at the scored ones) of each sample; prompts, greedy,
-        margins, seconds of each continuation.
+        ids, masks, nll, counts, greedy_answers (most likely tokens at the scored ones) of each sample, and floor_nll,
+        floor_top1 (how many of those stay the most likely) with a last bit changed; prompts, greedy, margins, seconds
+        of each continuation.
     """
-    from quantize.evaluate import evaluate_model
+    from quantize.evaluate import evaluate_model, evaluate_variants
+    from quantize.last_bit import last_bits_changed
     from quantize.texts import load_samples
     from quantize.worker_jobs import _load, _tokenizer
 
@@ -206,6 +226,8 @@ def by_transformers(job: Mapping[str, Any], progress: Callable[[int, int], None]
     scores = evaluate_model(model, samples, batch_size=_BATCH)
     if scores.broken:
         raise UserError(f"{job['model']}: the loss of {scores.broken} samples is NaN or infinite in transformers")
+    floor = evaluate_variants(model, {"floor": lambda: last_bits_changed(model)}, samples, batch_size=_BATCH)["floor"]
+    assert floor.top1 is not None
     prompts, continued = [_prompt(sample)[-room:] for sample in samples], []
     for prompt in prompts:
         continued.append(_continue(model, prompt, job["tokens"]))
@@ -214,6 +236,7 @@ def by_transformers(job: Mapping[str, Any], progress: Callable[[int, int], None]
         "ids": [list(sample.input_ids) for sample in samples],
         "masks": [list(map(int, sample.loss_mask)) for sample in samples],
         "nll": scores.nll.tolist(), "counts": scores.tokens.tolist(), "greedy_answers": scores.greedy,
+        "floor_nll": floor.nll.tolist(), "floor_top1": floor.top1.tolist(),
         "prompts": prompts, "greedy": [each[0] for each in continued], "margins": [each[1] for each in continued],
         "seconds": [each[2] for each in continued],
     }  # fmt: skip

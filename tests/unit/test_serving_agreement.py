@@ -11,8 +11,8 @@ from quantize.serving.client import Completion, Score
 
 PLAIN = {
     "ids": [[5, 6, 7, 8]] * 8, "masks": [[0, 0, 1, 1]] * 8, "nll": [2.0] * 8, "counts": [2] * 8,
-    "greedy_answers": [[7, 9]] * 8, "prompts": [[5, 6]] * 8, "greedy": [[1, 2, 3]] * 8,
-    "margins": [[1.0, 0.01, 2.0]] * 8, "seconds": [[4, 5, 6]] * 8,
+    "greedy_answers": [[7, 9]] * 8, "floor_nll": [2.02] * 8, "floor_top1": [1] * 8,
+    "prompts": [[5, 6]] * 8, "greedy": [[1, 2, 3]] * 8, "margins": [[1.0, 0.01, 2.0]] * 8, "seconds": [[4, 5, 6]] * 8,
 }  # fmt: skip
 
 
@@ -30,7 +30,7 @@ def test_equal_ones() -> None:
     assert (found.transformers, found.vllm, found.gap.value, found.fault) == (1.0, 1.0, 0.0, None)
     assert (found.equal, found.differences) == (24, ())
     assert found.same == 0.5  # 7 is in both, 8 is not 9
-    assert "all 3 equal after 8 of 8 prompts; 100.0% of all tokens" in describe(found)[2]
+    assert "all 3 equal after 8 of 8 prompts; 100.0% of all tokens" in describe(found)[3]
 
 
 def test_the_first_difference_has_its_margin() -> None:
@@ -46,6 +46,17 @@ def test_the_first_difference_has_its_margin() -> None:
 def test_another_model_is_a_fault() -> None:
     found = _compared(PLAIN, scores(1.2), completions(), 3)
     assert found.fault is not None and "+0.2000 nats a token" in found.fault
+
+
+def test_a_last_bit_is_no_fault_whatever_it_makes() -> None:
+    found = _compared({**PLAIN, "floor_nll": [2.4] * 8}, scores(1.2), completions(), 3)
+    assert math.isclose(found.floor_gap, 0.2) and found.fault is None
+    assert "embeddings changed by a last bit: loss +0.2000, the same most likely token at 50.00%" in describe(found)[2]
+
+
+def test_other_tokens_are_a_fault_at_an_equal_loss() -> None:
+    found = _compared({**PLAIN, "floor_top1": [2] * 8}, scores(1.0), completions(), 3)
+    assert found.fault is not None and "at 50.00% of the scored ones, where a last bit leaves 100.00%" in found.fault
 
 
 def test_an_answer_that_is_too_short_is_a_failure_of_ours() -> None:
