@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from quantize.numerics import Numbers, Quantised
 
 INTX_GROUPS = (32, 64, 128, 256)
-_PHONES = "it is for phones and CPUs: it has no kernel there, and on a GPU it is slower than 16 bit"
-_RESTORED = "it has no kernel there: 16 bit would be restored for every product, which is slower than 16 bit"
+_PHONES = "it is for phones and CPUs: vLLM has no kernel for it, and would restore 16 bit for every product"
+_RESTORED = "vLLM has no kernel for it, and would restore 16 bit for every product"
 FOR_CPUS = "it is for CPUs, and vLLM serves on GPUs, in the layout of the target cuda"
 
 
