@@ -12,7 +12,7 @@ from quantize.gate import check_gap
 from quantize.hardware import describe_here
 from quantize.jobs import MAY_OVERFLOW, Job, task_rows_path
 from quantize.runs import GATHERED_VERSION
-from quantize.serving.engine import engine_words
+from quantize.serving.engine import check_folders, engine_words
 from quantize.task_rows import own_rows_path
 from quantize.worker import run_timings
 from train.events import Event
@@ -41,6 +41,8 @@ class Evaluations:
 
         if self.jobs.engine is not None:
             self.stages.events.emit(Event("engine", {"tasks": engine_words(self.jobs.engine)}))
+            trust = self.config.model.trust_remote_code
+            check_folders(self.jobs.engine, {model.folder: self.stages.plain_dtype}, trust_remote_code=trust)
         job = self.jobs.check_tasks(model.folder)
         files = definition_key(self.config.eval.tasks)
         key = fingerprint_of(self.stages.model_key, job, files)

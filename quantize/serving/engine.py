@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from quantize.errors import UserError
@@ -12,6 +13,9 @@ from quantize.serving.environment import Vllm, find_vllm
 
 _DECIDES = ("vllm", "torch", "torchao")
 """Packages of vLLM's environment that decide what a model answers."""
+_ASKED = "eval.engine=vllm"
+_BFLOAT16 = 8.0
+"""Compute capability from which on vLLM takes an unquantised model in bfloat16 (vllm/platforms/cuda.py)."""
 
 
 def find_engine(name: str) -> dict[str, Any] | None:
@@ -61,6 +65,71 @@ def find_same(engine: Mapping[str, Any]) -> Vllm:
             f"{there}: results of the two make no pairs; name that environment in $ONGRID_VLLM"
         )
     return found
+
+
+def find_gpu() -> tuple[str | None, str]:
+    """(compute capability as "9.0", name) of the GPU that vLLM takes; (None, "") where nvidia-smi tells of none."""
+    from quantize.doctor.machine import find_gpus
+
+    gpus = find_gpus()
+    return (gpus[0].capability, gpus[0].name) if gpus else (None, "")
+
+
+def check_folders(
+    engine: Mapping[str, Any], folders: Mapping[Path, str | None], *, trust_remote_code: bool = False
+) -> None:
+    """Whether vLLM serves each of these checkpoints, here, before anything is measured on one of them.
+
+    Args:
+        engine: from `find_engine`.
+        folders: each with what it computes in; None = as it says.
+
+    Raises:
+        UserError: what it would refuse, of all of them, a line each.
+    """
+    from quantize.serving.check import check_folder, check_gpu
+
+    vllm, here = find_same(engine), find_gpu()
+    lines: list[str] = []
+    for folder, dtype in folders.items():
+        try:
+            served = check_folder(folder, vllm, chat=False, trust_remote_code=trust_remote_code)
+            check_gpu(served, *here)
+            refuse_dtype(dtype if served.target is None else None, *here)
+        except UserError as error:
+            lines += (line if line.startswith(_ASKED) else f"{_ASKED}: {line}" for line in error.lines)
+    if lines:
+        raise UserError(*dict.fromkeys(lines))
+
+
+def refuse_gpu(shipped: tuple[Scheme, Target] | None, dtype: str) -> None:
+    """Raises UserError where this machine's GPU is too old for what ships, or for the 16-bit models beside it.
+
+    Args:
+        shipped: format; None = nothing is quantised.
+        dtype: what the 16-bit models compute in.
+    """
+    from quantize.serving.check import Served, check_gpu
+
+    here = find_gpu()
+    refuse_dtype(dtype, *here)
+    if shipped is None:
+        return
+    try:
+        check_gpu(Served(Path("what ships"), "", (), *shipped, chats=False), *here)
+    except UserError as error:
+        raise UserError(
+            *(f"{_ASKED}: {line}; or run the tasks with eval.engine=transformers" for line in error.lines)
+        ) from error
+
+
+def refuse_dtype(dtype: str | None, capability: str | None, gpu: str) -> None:
+    """Raises UserError where vLLM does not compute in that dtype on that GPU."""
+    if dtype == "bfloat16" and capability is not None and float(capability) < _BFLOAT16:
+        raise UserError(
+            f"{_ASKED}: the 16-bit models compute in bfloat16 here, for which vLLM wants compute capability "
+            f"{_BFLOAT16} or newer, and {gpu} has {capability}; run the tasks with eval.engine=transformers"
+        )
 
 
 def refuse_unserved(scheme: Scheme, targets: Sequence[Target]) -> None:

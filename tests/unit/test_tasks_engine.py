@@ -22,7 +22,7 @@ from quantize.finish import _check_engine
 from quantize.folder_eval.models import Asked, Plan, _with_engine
 from quantize.folder_eval.sources import Model
 from quantize.folder_eval.study import evaluate
-from quantize.folder_eval.work import _stored_rows
+from quantize.folder_eval.work import _stored_rows, measure
 from quantize.jobs import Jobs
 from quantize.run_report import _task_settings, _versions
 from quantize.schemes import SCHEMES
@@ -138,11 +138,56 @@ def test_what_ships_must_run_here_and_in_vllm_before_anything_is_trained(here: P
         UserError, match=r"what ships cannot be run here: this machine lacks a CUDA GPU; set eval\.engine"
     ):
         Stages._engine(missing)  # type: ignore[arg-type]
-    runs = SimpleNamespace(config=config, format=Format(scheme, target, 32, (), ()))
+    runs = SimpleNamespace(config=config, format=Format(scheme, target, 32, (), ()), plain_dtype="bfloat16")
     assert Stages._engine(runs) == FOUND  # type: ignore[arg-type]
     _check_engine(_jobs(FOUND), scheme, target)
     with pytest.raises(UserError, match="vLLM does not run int8 for cpu"):  # a run that is finished for that
         _check_engine(_jobs(FOUND), SCHEMES["int8"], SCHEMES["int8"].targets["cpu"])
+
+
+def test_a_gpu_that_is_too_old_is_refused_before_anything_is_trained(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config("tiny.yaml", (VLLM, TASKS, "--qat=int8", "--quantize.target=cuda"))
+    form = Format(SCHEMES["int8"], SCHEMES["int8"].targets["cuda"], None, (), ())
+    run = SimpleNamespace(config=config, format=form, plain_dtype="float16")
+    monkeypatch.setattr(engine, "find_gpu", lambda: ("7.5", "T4"))
+    assert Stages._engine(run) == FOUND  # type: ignore[arg-type]
+    run.plain_dtype = "bfloat16"
+    with pytest.raises(
+        UserError, match=r"16-bit models compute in bfloat16 .* 8\.0 or newer, and T4 has 7\.5; run the"
+    ):
+        Stages._engine(run)  # type: ignore[arg-type]
+    monkeypatch.setattr(engine, "find_gpu", lambda: ("7.0", "V100"))
+    run.plain_dtype = "float16"
+    with pytest.raises(UserError, match=r"what ships is int8 for cuda, which needs .* V100 has 7\.0.*transformers"):
+        Stages._engine(run)  # type: ignore[arg-type]
+
+
+def test_eval_refuses_every_model_that_vllm_would_before_one_is_measured(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = []
+    for name, beside in (("one", "pytorch_model.bin"), ("two", "model.safetensors")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "qwen3"}')
+        (tmp_path / name / beside).write_bytes((2).to_bytes(8, "little") + b"{}")
+        models.append(Model(id=name, name=name, folder=tmp_path / name, dtype="bfloat16", computes_in="bfloat16"))
+    plan = Plan(
+        title="x", model=replace(models[0], id="model"), references=models[1:], data=tmp_path / "none", samples=1,
+        output=tmp_path, engine=FOUND,
+    )  # fmt: skip
+    with pytest.raises(UserError) as found:
+        measure(plan, None, tmp_path)
+    one, two = found.value.lines
+    assert one.startswith(f"eval.engine=vllm: {tmp_path / 'one'} has no model.safetensors")
+    assert two.startswith(f"eval.engine=vllm: {tmp_path / 'two'} has no tokenizer")
+    (tmp_path / "two" / "tokenizer.json").write_text("{}")
+    engine.check_folders(FOUND, {tmp_path / "two": "bfloat16"})
+    monkeypatch.setattr(engine, "find_gpu", lambda: ("7.5", "T4"))
+    engine.check_folders(FOUND, {tmp_path / "two": "float16"})
+    with pytest.raises(UserError, match=r"T4 has 7\.5"):
+        engine.check_folders(FOUND, {tmp_path / "two": "bfloat16"})
 
 
 def test_eval_pairs_nothing_with_results_of_a_run_in_the_other_engine(here: Path, tmp_path: Path) -> None:
