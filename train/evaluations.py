@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize.errors import UserError
 from quantize.evaluate import Scores
 from quantize.files import copy_atomically
 from quantize.gate import check_gap
@@ -185,7 +186,11 @@ class Evaluations:
 
         def work() -> dict[str, Any]:
             if store is None or not (self.config.eval.baseline_cache and kept.is_file()):
-                self.log.jobs(f"tasks-{job['name']}", [self.jobs.benchmark(job, kept)])
+                try:
+                    self.log.jobs(f"tasks-{job['name']}", [self.jobs.benchmark(job, kept)])
+                except UserError as error:  # as memory that another process holds: what there is was not for nothing
+                    again = f"what there is so far is kept; continue with: {self.stages.directory.resume_command}"
+                    raise UserError(*error.lines, again) from error
             if store is not None:
                 copy_atomically(kept, rows)
             return {}

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantize.errors import UserError
 from quantize.hardware import has_nvidia_driver
 from quantize.schemes import Scheme, Target
 from quantize.serving.environment import Vllm, find_vllm
+from quantize.serving.gpu import check_driver, find_gpu
+
+if TYPE_CHECKING:
+    from quantize.doctor.machine import Gpu
 
 _DECIDES = ("vllm", "torch", "torchao")
 """Packages of vLLM's environment that decide what a model answers."""
 _ASKED = "eval.engine=vllm"
-_BFLOAT16 = 8.0
-"""Compute capability from which on vLLM takes an unquantised model in bfloat16 (vllm/platforms/cuda.py)."""
+_BFLOAT16 = 8
+"""Major compute capability from which on vLLM takes an unquantised model in bfloat16 (vllm/platforms/cuda.py)."""
 
 
 def find_engine(name: str) -> dict[str, Any] | None:
@@ -23,13 +27,16 @@ def find_engine(name: str) -> dict[str, Any] | None:
     which the run's own packages tell.
 
     Raises:
-        UserError: it is not installed, or this machine has no GPU for it.
+        UserError: it is not installed, or this machine has no GPU or no driver for it.
     """
     if name != "vllm":
         return None
     lines: list[str] = []
     try:
-        found = describe(find_vllm())
+        vllm, gpu = find_vllm(), find_gpu()
+        found = describe(vllm)
+        if gpu is not None:
+            check_driver(vllm, gpu.driver)
     except UserError as error:
         # A run has no option that names an environment.
         lines += [f"eval.engine=vllm: {line.replace('--env FOLDER or ', '')}" for line in error.lines]
@@ -67,14 +74,6 @@ def find_same(engine: Mapping[str, Any]) -> Vllm:
     return found
 
 
-def find_gpu() -> tuple[str | None, str]:
-    """(compute capability as "9.0", name) of the GPU that vLLM takes; (None, "") where nvidia-smi tells of none."""
-    from quantize.doctor.machine import find_gpus
-
-    gpus = find_gpus()
-    return (gpus[0].capability, gpus[0].name) if gpus else (None, "")
-
-
 def check_folders(
     engine: Mapping[str, Any], folders: Mapping[Path, str | None], *, trust_remote_code: bool = False
 ) -> None:
@@ -89,13 +88,14 @@ def check_folders(
     """
     from quantize.serving.check import check_folder, check_gpu
 
-    vllm, here = find_same(engine), find_gpu()
+    vllm, gpu = find_same(engine), find_gpu()
     lines: list[str] = []
     for folder, dtype in folders.items():
         try:
             served = check_folder(folder, vllm, chat=False, trust_remote_code=trust_remote_code)
-            check_gpu(served, *here)
-            refuse_dtype(dtype if served.target is None else None, *here)
+            if gpu is not None:
+                check_gpu(served, gpu.capability, gpu.name)
+                refuse_dtype(dtype, gpu)
         except UserError as error:
             lines += (line if line.startswith(_ASKED) else f"{_ASKED}: {line}" for line in error.lines)
     if lines:
@@ -111,24 +111,27 @@ def refuse_gpu(shipped: tuple[Scheme, Target] | None, dtype: str) -> None:
     """
     from quantize.serving.check import Served, check_gpu
 
-    here = find_gpu()
-    refuse_dtype(dtype, *here)
+    gpu = find_gpu()
+    if gpu is None:
+        return
+    refuse_dtype(dtype, gpu)
     if shipped is None:
         return
     try:
-        check_gpu(Served(Path("what ships"), "", (), *shipped, chats=False), *here)
+        check_gpu(Served(Path("what ships"), "", (), *shipped, chats=False), gpu.capability, gpu.name)
     except UserError as error:
         raise UserError(
             *(f"{_ASKED}: {line}; or run the tasks with eval.engine=transformers" for line in error.lines)
         ) from error
 
 
-def refuse_dtype(dtype: str | None, capability: str | None, gpu: str) -> None:
-    """Raises UserError where vLLM does not compute in that dtype on that GPU."""
-    if dtype == "bfloat16" and capability is not None and float(capability) < _BFLOAT16:
+def refuse_dtype(dtype: str | None, gpu: Gpu) -> None:
+    """Raises UserError where vLLM takes no unquantised model in that dtype on that GPU."""
+    major = gpu.capability.partition(".")[0]
+    if dtype == "bfloat16" and major.isdigit() and int(major) < _BFLOAT16:
         raise UserError(
             f"{_ASKED}: the 16-bit models compute in bfloat16 here, for which vLLM wants compute capability "
-            f"{_BFLOAT16} or newer, and {gpu} has {capability}; run the tasks with eval.engine=transformers"
+            f"{_BFLOAT16}.0 or newer, and {gpu.name} has {gpu.capability}; run the tasks with eval.engine=transformers"
         )
 
 

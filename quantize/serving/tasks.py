@@ -28,7 +28,8 @@ from lm_eval.models.utils import (
 from quantize.errors import UserError
 from quantize.files import read_mapping
 from quantize.serving import client
-from quantize.serving.engine import find_gpu, find_same
+from quantize.serving.engine import find_same
+from quantize.serving.gpu import find_gpu
 from quantize.serving.server import Server, serving
 from quantize.task_checks import SERVER_RESERVES, context_length
 
@@ -196,13 +197,14 @@ def served_lm(
     context = context_length(model, tokenizer, trust_remote_code=trust)
     with _checkpoint(job, rows, convert) as folder:
         checked = check_folder(folder, vllm, chat=False, trust_remote_code=trust)
-        check_gpu(checked, *find_gpu())
+        if (gpu := find_gpu()) is not None:
+            check_gpu(checked, gpu.capability, gpu.name)
         _free_memory()
         # As much of the model's context as memory allows; a request that is longer is refused.
         arguments = [*checked.arguments, "--max-model-len", "auto"]
         quantised = read_mapping(folder / "config.json").get("quantization_config")  # by a known format or not
         arguments += ["--dtype", job["dtype"]] if job.get("dtype") and not quantised else []
-        with serving(folder, vllm, log=rows.with_suffix(".vllm.log"), arguments=arguments) as server:
+        with serving(folder, vllm, log=rows.with_suffix(".vllm.log"), arguments=arguments, hint=_HINT) as server:
             yield ServedLM(server, tokenizer, context, greedy_decoding(model, trust_remote_code=trust))
 
 

@@ -308,6 +308,18 @@ def test_only_checkpoints_that_nobody_holds_are_removed(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_without_memory_for_the_server_is_told_what_it_can_do(
+    checkpoint: Path, environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_VLLM", "oom")
+    job = {"model": str(checkpoint), "engine": describe(find_vllm()), "task_rows": str(tmp_path / "rows.parquet")}
+    with (
+        pytest.raises(UserError, match=r"does not suffice: .*CUDA out of memory.* or run the tasks with eval\.engine="),
+        served_lm(job, byte_tokenizer(), lambda form: None),
+    ):
+        pass
+
+
 def test_a_quantised_folder_keeps_its_dtype_whatever_its_format(
     checkpoint: Path, environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ import pytest
 from fake_vllm import make_environment
 
 from quantize.compare_findings import arithmetic
+from quantize.doctor.machine import Gpu
 from quantize.errors import UserError
 from quantize.evidence import _how_run
 from quantize.finish import _check_engine
@@ -29,6 +30,7 @@ from quantize.schemes import SCHEMES
 from quantize.serving import engine
 from quantize.tasks import Row, save_rows
 from train.config_loading import load_config
+from train.evaluations import Evaluations
 from train.inputs import missing_inputs
 from train.plan import estimate
 from train.stage_log import Format
@@ -37,6 +39,7 @@ from train.stages import Stages
 TASKS = "--eval.tasks=examples/tasks/choices.yaml"
 VLLM = "--eval.engine=vllm"
 FOUND = {"name": "vllm", "version": "0.23.0", "packages": {"vllm": "0.23.0", "torchao": "0.18.0"}}
+T4 = Gpu("T4", "7.5", 16.0, "580.95.05")
 
 
 @pytest.fixture
@@ -151,17 +154,31 @@ def test_a_gpu_that_is_too_old_is_refused_before_anything_is_trained(
     config = load_config("tiny.yaml", (VLLM, TASKS, "--qat=int8", "--quantize.target=cuda"))
     form = Format(SCHEMES["int8"], SCHEMES["int8"].targets["cuda"], None, (), ())
     run = SimpleNamespace(config=config, format=form, plain_dtype="float16")
-    monkeypatch.setattr(engine, "find_gpu", lambda: ("7.5", "T4"))
+    monkeypatch.setattr(engine, "find_gpu", lambda: T4)
     assert Stages._engine(run) == FOUND  # type: ignore[arg-type]
     run.plain_dtype = "bfloat16"
     with pytest.raises(
         UserError, match=r"16-bit models compute in bfloat16 .* 8\.0 or newer, and T4 has 7\.5; run the"
     ):
         Stages._engine(run)  # type: ignore[arg-type]
-    monkeypatch.setattr(engine, "find_gpu", lambda: ("7.0", "V100"))
+    monkeypatch.setattr(engine, "find_gpu", lambda: replace(T4, name="V100", capability="7.0"))
     run.plain_dtype = "float16"
     with pytest.raises(UserError, match=r"what ships is int8 for cuda, which needs .* V100 has 7\.0.*transformers"):
         Stages._engine(run)  # type: ignore[arg-type]
+
+
+def test_tasks_that_end_a_run_say_how_it_goes_on(tmp_path: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise UserError("no memory")
+
+    directory = SimpleNamespace(path=tmp_path, resume_command="train --resume X")
+    run = SimpleNamespace(
+        task_key="key", jobs=_jobs(FOUND), stages=SimpleNamespace(directory=directory),
+        log=SimpleNamespace(jobs=fail, run=lambda name, key, work, makes: work()),
+    )  # fmt: skip
+    with pytest.raises(UserError) as found:
+        Evaluations._benchmark(run, {"name": "tuned", "may_overflow": False}, "key")  # type: ignore[arg-type]
+    assert list(found.value.lines) == ["no memory", "what there is so far is kept; continue with: train --resume X"]
 
 
 def test_eval_refuses_every_model_that_vllm_would_before_one_is_measured(
@@ -184,7 +201,7 @@ def test_eval_refuses_every_model_that_vllm_would_before_one_is_measured(
     assert two.startswith(f"eval.engine=vllm: {tmp_path / 'two'} has no tokenizer")
     (tmp_path / "two" / "tokenizer.json").write_text("{}")
     engine.check_folders(FOUND, {tmp_path / "two": "bfloat16"})
-    monkeypatch.setattr(engine, "find_gpu", lambda: ("7.5", "T4"))
+    monkeypatch.setattr(engine, "find_gpu", lambda: T4)
     engine.check_folders(FOUND, {tmp_path / "two": "float16"})
     with pytest.raises(UserError, match=r"T4 has 7\.5"):
         engine.check_folders(FOUND, {tmp_path / "two": "bfloat16"})
