@@ -220,21 +220,15 @@ def _checkpoint(job: Mapping[str, Any], rows: Path, convert: Callable[[Mapping[s
     _remove_left(rows)
     # Not named by the process: on a shared disk another machine may have one of the same number.
     folder = rows.with_name(f"{rows.stem}{_SERVED}{uuid4().hex[:8]}")
-    keys = ("dtype", "grid", "trust_remote_code")
+    settings = {key: job.get(key) for key in ("dtype", "grid", "trust_remote_code")} | job["simulate"]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _lock_of(folder).open("w") as lock:
         with suppress(OSError):  # a disk that knows no locks: there nothing that is left is removed
             fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            convert(
-                {
-                    "source": job["model"],
-                    "output": str(folder),
-                    **{key: job.get(key) for key in keys},
-                    **job["simulate"],
-                }
-            )
-            yield folder
+            output = folder / "checkpoint"  # what converts writes beside it first
+            convert({"source": job["model"], "output": str(output), **settings})
+            yield output
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             _lock_of(folder).unlink(missing_ok=True)

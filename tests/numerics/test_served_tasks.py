@@ -295,6 +295,7 @@ def test_only_checkpoints_that_nobody_holds_are_removed(tmp_path: Path) -> None:
 
     def convert(job: Any) -> None:
         made.append(Path(job["output"]))
+        made[-1].with_name("partial").mkdir(parents=True)  # as a conversion that is at work
         made[-1].mkdir()
 
     left = tmp_path / "base.tasks.served.0a1b2c3d"
@@ -304,7 +305,8 @@ def test_only_checkpoints_that_nobody_holds_are_removed(tmp_path: Path) -> None:
     with _checkpoint(job, rows, convert) as first:
         assert list(tmp_path.glob("*.served.*")) and not left.exists()
         with _checkpoint(job, rows, convert) as second:  # another process's, which must leave the first alone
-            assert first.is_dir() and second.is_dir() and made == [first, second]
+            assert all(each.is_dir() and each.with_name("partial").is_dir() for each in (first, second))
+            assert made == [first, second] and first.parent != second.parent
     assert not list(tmp_path.iterdir())
 
 
