@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,17 +81,17 @@ def run(options: argparse.Namespace) -> None:
     elsewhere = _gives(options.further, "--tokenizer", "--config")
     chat = not options.completions_only and not options.check and not _gives(options.further, "--chat-template")
     trust = options.trust_remote_code or _gives(options.further, "--trust-remote-code")
-    looked_at = {"chat": chat, "tokenizer": not elsewhere, "trust_remote_code": trust}
+    check = partial(check_folder, chat=chat, tokenizer=not elsewhere, trust_remote_code=trust)
     vllm: Vllm | None = None
     try:
         vllm = find_vllm(options.env)
     except UserError as error:
         # First what no installation would change: whether vLLM takes this folder at all.
-        check_folder(folder, **looked_at)
+        check(folder)
         if not options.dry_run or options.env is not None:
             raise
         print(f"note: {error}", file=sys.stderr)
-    served = check_folder(folder, vllm, name=name, **looked_at)
+    served = check(folder, vllm, name=name)
     command = _command(served, vllm, options)
     if options.dry_run or vllm is None:
         print(shlex.join(command))

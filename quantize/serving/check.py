@@ -105,12 +105,10 @@ def needed_arguments(settings: Mapping[str, Any], *, trust_remote_code: bool = F
         settings: its config.json.
         trust_remote_code: its own code is to run.
     """
-    arguments = ("--trust-remote-code",) if trust_remote_code else ()
-    if settings.get("quantization_config") and _dtype(settings):
-        # Its scales are of that dtype: in another one, which vLLM's "auto" takes for float32 and on an older GPU,
-        # they cannot be loaded.
-        arguments += ("--dtype", _dtype(settings))
-    return arguments
+    # A quantised one's scales are of its dtype, and cannot be loaded into another: vLLM's "auto" makes bfloat16 of
+    # float32, and float16 of bfloat16 on an older GPU.
+    dtype = _dtype(settings) if settings.get("quantization_config") else ""
+    return (*(("--trust-remote-code",) if trust_remote_code else ()), *(("--dtype", dtype) if dtype else ()))
 
 
 def _dtype(settings: Mapping[str, Any]) -> str:

@@ -166,7 +166,8 @@ def find_python() -> str:
     here = ".".join(map(str, sys.version_info[:2]))
     this = f"this is {here}" if here != name else f"{sys.executable} cannot make an environment (venv)"
     raise UserError(
-        f"vLLM's exact packages are for Python {name}, {this}, and {lacking}; install one (Debian, Ubuntu: apt-get install python{name} python{name}-venv)"
+        f"vLLM's exact packages are for Python {name}, {this}, and {lacking}; "
+        f"install one (Debian, Ubuntu: apt-get install python{name} python{name}-venv)"
     )
 
 
