@@ -167,6 +167,17 @@ def test_a_gpu_that_is_too_old_is_refused_before_anything_is_trained(
         Stages._engine(run)  # type: ignore[arg-type]
 
 
+def test_a_driver_that_is_too_old_is_said_before_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_environment(tmp_path / "env", further=("nvidia-cuda-runtime==13.0.96",))
+    monkeypatch.setenv("ONGRID_VLLM", str(made))
+    monkeypatch.setattr(engine, "has_nvidia_driver", lambda: True)
+    monkeypatch.setattr(engine, "find_gpu", lambda: replace(T4, driver="570.86.10"))
+    with pytest.raises(UserError, match=r"^eval\.engine=vllm: the NVIDIA driver is 570\.86\.10, .* needs 580 or newer"):
+        engine.find_engine("vllm")
+    monkeypatch.setattr(engine, "find_gpu", lambda: T4)
+    assert engine.find_engine("vllm") == FOUND
+
+
 def test_tasks_that_end_a_run_say_how_it_goes_on(tmp_path: Path) -> None:
     def fail(*_: Any) -> None:
         raise UserError("no memory")
