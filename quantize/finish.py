@@ -106,9 +106,10 @@ def _check_engine(jobs: Jobs, scheme: Scheme, target: Target) -> None:
     """What ran the tasks of the other arms must be here, and load what ships."""
     if jobs.engine is None:
         return
-    from quantize.serving.engine import find_same, refuse_unserved
+    from quantize.serving.engine import find_same, refuse_gpu, refuse_unserved
 
     refuse_unserved(scheme, [target])
+    refuse_gpu((scheme, target), jobs.plain_dtype)
     find_same(jobs.engine)
 
 

@@ -121,7 +121,7 @@ def check_tasks(job: Mapping[str, Any], progress: Callable[[int, int], None]) ->
     """Loads the tasks with their data and builds their requests: what cannot run is found before anything is trained.
 
     Keys: tasks (settings of `quantize.tasks`), model (whose tokenizer they need); optional chat_template, engine,
-    trust_remote_code.
+    trust_remote_code, others (further models that the engine will run them on).
 
     Returns:
         fingerprint of all that decides their results; by reported name samples, num_fewshot (that was used, which for
@@ -140,6 +140,12 @@ def check_tasks(job: Mapping[str, Any], progress: Callable[[int, int], None]) ->
     tasks = load_tasks(settings)
     trust = job.get("trust_remote_code", False)
     context = context_length(Path(job["model"]), tokenizer, trust_remote_code=trust)
+    leaves = [task for group in tasks.values() for task in group.values()]
+    if job.get("engine") and any(task.OUTPUT_TYPE == "generate_until" for task in leaves):
+        from quantize.serving.tasks import refuse_decoding
+
+        for folder in (job["model"], *job.get("others", ())):
+            refuse_decoding(Path(folder), trust_remote_code=trust)
     return {
         "fingerprint": fingerprint(tasks, settings),
         "samples": {name: count_samples(leaves, settings.limit) for name, leaves in tasks.items()},

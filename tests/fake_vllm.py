@@ -7,6 +7,9 @@ the log's form. FAKE_VLLM in the environment makes it fail as the real one does:
     validation  the config is refused before the engine starts
     stubborn    its processes ignore SIGTERM; it loads no model
     dies        it ends at the first request; it loads no model
+    fails       its engine dies at the first request, which is answered with 500, and then it ends; it loads no model
+    overflows   a log-probability is NaN; it loads no model
+    full        the memory does not suffice for one token (`--max-model-len auto`), or for the whole context
 """
 
 from __future__ import annotations
@@ -44,6 +47,19 @@ _OOM = """\
 (APIServer pid=10)     sys.exit(main())
 (APIServer pid=10) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
 """
+_FULL = """\
+(EngineCore pid=11) Traceback (most recent call last):
+(EngineCore pid=11)   File "vllm/v1/core/kv_cache_utils.py", line 1889, in _auto_fit_max_model_len
+(EngineCore pid=11) ValueError: {}
+"""
+_NO_TOKEN = (
+    "Cannot auto-fit max_model_len: not enough GPU memory available to serve even a single token. Try increasing "
+    "`gpu_memory_utilization`."
+)
+_TOO_LONG = (
+    "To serve at least one request with the models's max seq len ({}), (9.0 GiB KV cache is needed, which is larger "
+    "than the available KV cache memory (1.0 GiB). "
+)
 _VALIDATION = """\
 (APIServer pid=10) Traceback (most recent call last):
 (APIServer pid=10)   File "vllm/config/model.py", line 500, in __post_init__
@@ -69,6 +85,12 @@ def make_environment(
     return folder
 
 
+_DEAD = (
+    "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above) for the root "
+    "cause."
+)
+
+
 class BadRequest(Exception):
     """What is answered with HTTP 400, or another code."""
 
@@ -84,11 +106,15 @@ class Engine:
         self.root, self.lock = options.model, threading.Lock()
         self.names = options.served_model_name or [options.model]
         settings = json.loads((Path(self.root) / "config.json").read_text())
-        self.max_model_len = options.max_model_len or settings["max_position_embeddings"]
+        own = settings["max_position_embeddings"]
+        self.max_model_len = own if options.max_model_len in (None, "auto") else options.max_model_len
         self.defaults: dict[str, Any] = {}
         generation = Path(self.root) / "generation_config.json"
-        if options.generation_config == "auto" and generation.is_file():
-            self.defaults = json.loads(generation.read_text())
+        said = json.loads(generation.read_text()) if generation.is_file() else {}
+        if options.generation_config == "auto":
+            self.defaults = said
+        ends = said.get("eos_token_id")  # which it reads with --generation-config vllm, too
+        self.ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
     def load(self, options: argparse.Namespace) -> None:
         """Reads the folder as the real one does."""
@@ -98,20 +124,24 @@ class Engine:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.torch = torch
-        self._read_quantization(self.root)
+        self._read_quantization(self.root, options.dtype)
         trust = {"trust_remote_code": options.trust_remote_code}
         self.tokenizer = AutoTokenizer.from_pretrained(self.root, **trust)
         if options.chat_template:
             self.tokenizer.chat_template = Path(options.chat_template).read_text()
         self.model = AutoModelForCausalLM.from_pretrained(self.root, **trust).eval()
-        self.ends = {self.tokenizer.eos_token_id}
+        self.ends.add(self.tokenizer.eos_token_id)
 
     @staticmethod
-    def _read_quantization(folder: str) -> None:
-        """As vllm.model_executor.layers.quantization.torchao.TorchAOConfig.from_config does."""
-        settings = json.loads((Path(folder) / "config.json").read_text()).get("quantization_config")
+    def _read_quantization(folder: str, asked: str) -> None:
+        """As vllm.model_executor.layers.quantization.torchao.TorchAOConfig.from_config does; then the weights are
+        copied into layers of the dtype that is asked for."""
+        whole = json.loads((Path(folder) / "config.json").read_text())
+        settings, dtype = whole.get("quantization_config"), whole.get("dtype") or whole.get("torch_dtype")
         if settings is None:
             return
+        taken = asked if asked != "auto" else "bfloat16" if dtype == "float32" else dtype
+        assert taken == dtype, f"tensor metadata does not match: scales of {dtype}, layers of {taken}"
         from torchao.core.config import config_from_dict
 
         assert settings["quant_method"] == "torchao", f"Unknown quantization method: {settings['quant_method']}"
@@ -148,7 +178,7 @@ class Engine:
         limit = min(request.get("max_tokens", 16), self.max_model_len - len(ids))
         stops, ignore = request.get("stop") or [], request.get("ignore_eos", False)
         stops = [stops] if isinstance(stops, str) else stops
-        ends = self.ends | set(request.get("stop_token_ids") or [])
+        ends = (set() if ignore else self.ends) | set(request.get("stop_token_ids") or [])
         plain = request.get("skip_special_tokens", True)
         tokens: list[int] = []
         while len(tokens) < limit:
@@ -160,7 +190,7 @@ class Engine:
             stop = next((word for word in stops if word in text), None)
             if stop is not None:
                 return {"tokens": tokens, "text": text[: text.index(stop)], "finish": "stop", "reason": stop}
-            if tokens[-1] in ends and not ignore:
+            if tokens[-1] in ends:
                 text = self.tokenizer.decode(tokens[:-1], skip_special_tokens=plain)
                 return {"tokens": tokens, "text": text, "finish": "stop", "reason": None}
         text = self.tokenizer.decode(tokens, skip_special_tokens=plain)
@@ -230,11 +260,14 @@ class Handler(BaseHTTPRequestHandler):
     """The routes; the engine is the class's own."""
 
     engine: Engine
+    keys: list[str] | None
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         if self.path == "/health":
             self._send(200, None)
+        elif not self._is_allowed():
+            self._send(401, {"error": "Unauthorized"})
         elif self.path == "/v1/models":
             cards = [
                 {
@@ -254,6 +287,15 @@ class Handler(BaseHTTPRequestHandler):
             sys.stderr.write(_OOM)
             sys.stderr.flush()
             os.killpg(0, signal.SIGKILL)
+        if not self._is_allowed():
+            self._send(401, {"error": "Unauthorized"})
+            return
+        if os.environ.get("FAKE_VLLM") == "fails":
+            self._die()
+        if os.environ.get("FAKE_VLLM") == "overflows":
+            said = "Out of range float values are not JSON compliant: nan"
+            self._send(400, {"error": {"message": said, "type": "BadRequestError", "param": None, "code": 400}})
+            return
         routes = {"/v1/completions": completions, "/v1/chat/completions": chat}
         try:
             if self.path not in routes:
@@ -267,6 +309,20 @@ class Handler(BaseHTTPRequestHandler):
         except BadRequest as error:
             told = {"message": str(error), "type": error.kind, "param": None, "code": error.code}
             self._send(error.code, {"error": told})
+
+    def _is_allowed(self) -> bool:
+        key = self.keys or [os.environ.get("VLLM_API_KEY")]
+        return not any(key) or self.headers.get("Authorization") in [f"Bearer {each}" for each in key]
+
+    def _die(self) -> None:
+        """As vllm.entrypoints.serve.utils.server_utils.engine_error_handler: an answer, and then the end."""
+        sys.stderr.write(_OOM)
+        sys.stderr.write("(APIServer pid=10) Traceback (most recent call last):\n" + "  File\n" + _DEAD + "\n")
+        sys.stderr.flush()
+        message = _DEAD.partition(": ")[2]
+        self._send(500, {"error": {"message": message, "type": "InternalServerError", "param": None, "code": 500}})
+        self.wfile.flush()
+        os.killpg(0, signal.SIGKILL)
 
     def _send(self, code: int, body: Any) -> None:
         data = b"" if body is None else json.dumps(body).encode()
@@ -285,17 +341,24 @@ def main() -> int:
     parser.add_argument("--host")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--served-model-name", nargs="+")
-    parser.add_argument("--max-model-len", type=lambda text: None if text == "auto" else int(text))
+    parser.add_argument("--max-model-len", type=lambda text: text if text == "auto" else int(text))
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--gpu-memory-utilization", type=float)
     parser.add_argument("--generation-config", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--chat-template")
+    parser.add_argument("--tokenizer")
+    parser.add_argument("--api-key", nargs="*")
     parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args()
     mode = os.environ.get("FAKE_VLLM")
     if mode in ("oom", "validation"):
         sys.stderr.write(_OOM if mode == "oom" else _VALIDATION)
+        return 1
+    if mode == "full":
+        context = json.loads((Path(options.model) / "config.json").read_text())["max_position_embeddings"]
+        asked = options.max_model_len or context
+        sys.stderr.write(_FULL.format(_NO_TOKEN if asked == "auto" else _TOO_LONG.format(asked)))
         return 1
     if mode == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -303,7 +366,7 @@ def main() -> int:
     print(
         f"(APIServer pid={os.getpid()}) INFO 06-01 12:00:00 [utils.py:1] started, with worker {worker.pid}", flush=True
     )
-    Handler.engine = Engine(options)
+    Handler.engine, Handler.keys = Engine(options), options.api_key
     if mode is None:
         Handler.engine.load(options)
     ThreadingHTTPServer.request_queue_size = 2048  # as uvicorn's: five would turn many clients at once away

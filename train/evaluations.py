@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize.errors import UserError
 from quantize.evaluate import Scores
 from quantize.files import copy_atomically
 from quantize.gate import check_gap
 from quantize.hardware import describe_here
 from quantize.jobs import MAY_OVERFLOW, Job, task_rows_path
 from quantize.runs import GATHERED_VERSION
-from quantize.serving.engine import engine_words
+from quantize.serving.engine import check_folders, engine_words
 from quantize.task_rows import own_rows_path
 from quantize.worker import run_timings
 from train.events import Event
@@ -41,6 +42,8 @@ class Evaluations:
 
         if self.jobs.engine is not None:
             self.stages.events.emit(Event("engine", {"tasks": engine_words(self.jobs.engine)}))
+            trust = self.config.model.trust_remote_code
+            check_folders(self.jobs.engine, {model.folder: self.stages.plain_dtype}, trust_remote_code=trust)
         job = self.jobs.check_tasks(model.folder)
         files = definition_key(self.config.eval.tasks)
         key = fingerprint_of(self.stages.model_key, job, files)
@@ -183,7 +186,11 @@ class Evaluations:
 
         def work() -> dict[str, Any]:
             if store is None or not (self.config.eval.baseline_cache and kept.is_file()):
-                self.log.jobs(f"tasks-{job['name']}", [self.jobs.benchmark(job, kept)])
+                try:
+                    self.log.jobs(f"tasks-{job['name']}", [self.jobs.benchmark(job, kept)])
+                except UserError as error:  # as memory that another process holds: what there is was not for nothing
+                    again = f"what there is so far is kept; continue with: {self.stages.directory.resume_command}"
+                    raise UserError(*error.lines, again) from error
             if store is not None:
                 copy_atomically(kept, rows)
             return {}

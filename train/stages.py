@@ -98,7 +98,7 @@ class Stages:
         asked, chosen = self.config.eval, self.format
         if asked.engine == "transformers" or not asked.tasks:
             return None
-        from quantize.serving.engine import find_engine, refuse_unserved
+        from quantize.serving.engine import find_engine, refuse_gpu, refuse_unserved
 
         if chosen is not None:
             refuse_unserved(chosen.scheme, [chosen.target])
@@ -107,6 +107,7 @@ class Stages:
                     f"eval.engine=vllm: what ships cannot be run here: this machine lacks {'; '.join(chosen.missing)}; "
                     "set eval.engine=transformers, which simulates it, or train where it runs"
                 )
+        refuse_gpu(None if chosen is None else (chosen.scheme, chosen.target), self.plain_dtype)
         return find_engine(asked.engine)
 
     def _task_settings(self) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,10 @@ PASSES_ON = True
 """What stands after `--` is vLLM's."""
 _PROMPT = "What is the sum of 12 and 30?"
 _TOKENS = 32
+_ANOTHERS = ("--api-key", "--uds", "--root-path", "--headless")
+"""Options of `vllm serve` by which it is asked elsewhere or otherwise than a measurement asks."""
+_FITTED = ("--max-model-len", "auto")
+"""A measurement takes as much of the model's context as memory allows."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,29 +70,33 @@ def run(options: argparse.Namespace) -> None:
     """Refuses what can be seen without an engine; then this process becomes vLLM's, unless something else is asked."""
     from quantize.serving.check import check_folder
     from quantize.serving.environment import find_vllm
+    from quantize.serving.gpu import look_at_gpu
 
     if options.setup:
         _set_up(options.env)
         return
     _refuse_odd(options)
     folder, name = _find(options.source, options.root)
+    # A file of options (--config) may name anything.
+    elsewhere = _gives(options.further, "--tokenizer", "--config")
     chat = not options.completions_only and not options.check and not _gives(options.further, "--chat-template")
     trust = options.trust_remote_code or _gives(options.further, "--trust-remote-code")
+    check = partial(check_folder, chat=chat, tokenizer=not elsewhere, trust_remote_code=trust)
     vllm: Vllm | None = None
     try:
         vllm = find_vllm(options.env)
     except UserError as error:
         # First what no installation would change: whether vLLM takes this folder at all.
-        check_folder(folder, chat=chat, trust_remote_code=trust)
+        check(folder)
         if not options.dry_run or options.env is not None:
             raise
         print(f"note: {error}", file=sys.stderr)
-    served = check_folder(folder, vllm, chat=chat, trust_remote_code=trust, name=name)
+    served = check(folder, vllm, name=name)
     command = _command(served, vllm, options)
     if options.dry_run or vllm is None:
         print(shlex.join(command))
         return
-    _look_at_gpu(served)
+    look_at_gpu(served, vllm)
     if options.smoke_test:
         _smoke_test(served, vllm, options.further)
     elif options.check:
@@ -106,6 +115,16 @@ def _refuse_odd(options: argparse.Namespace) -> None:
     for name in ("samples", "tokens"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: give a number from 1 on")
+    for option in ("--host", "--port"):
+        if _gives(options.further, option):
+            raise UserError(f"{option} is quantize serve's own: give it before the --")
+    asked = next((f"--{name}" for name in ("smoke-test", "check") if getattr(options, name.replace("-", "_"))), None)
+    for word in options.further if asked else ():
+        if _gives([word], *_ANOTHERS) or word.startswith("--ssl"):
+            raise UserError(
+                f"{asked} asks a server of its own, at a free port of this machine and without a key: leave "
+                f"{word.partition('=')[0]} out"
+            )
 
 
 def _set_up(folder: Path | None) -> None:
@@ -138,8 +157,9 @@ def _find(source: str, root: str) -> tuple[Path, str]:
     )
 
 
-def _gives(further: Sequence[str], option: str) -> bool:
-    return any(word == option or word.startswith(f"{option}=") for word in further)
+def _gives(further: Sequence[str], *options: str) -> bool:
+    """Whether one of these options is among vLLM's, which takes --max_model_len for --max-model-len."""
+    return any(word.partition("=")[0].replace("_", "-") in options for word in further)
 
 
 def _command(served: Served, vllm: Vllm | None, options: argparse.Namespace) -> list[str]:
@@ -150,21 +170,6 @@ def _command(served: Served, vllm: Vllm | None, options: argparse.Namespace) -> 
     ]  # fmt: skip
 
 
-def _look_at_gpu(served: Served) -> None:
-    """Raises UserError where this machine has no GPU, or one that the format is too new for."""
-    from quantize.doctor.machine import find_gpus, has_driver
-    from quantize.serving.check import check_gpu
-
-    gpus = find_gpus()
-    if not gpus:
-        driver = "; an NVIDIA driver is loaded, but nvidia-smi lists no GPU" if has_driver() else ""
-        raise UserError(
-            f"vLLM needs an NVIDIA GPU, and this machine has none{driver}; print the command for another machine with: "
-            f"quantize serve {served.folder} --dry-run"
-        )
-    check_gpu(served, gpus[0].capability, gpus[0].name)
-
-
 def _smoke_test(served: Served, vllm: Vllm, further: Sequence[str]) -> None:
     """Starts it, asks once, prints what came, and ends it."""
     from quantize.serving import client
@@ -172,7 +177,7 @@ def _smoke_test(served: Served, vllm: Vllm, further: Sequence[str]) -> None:
 
     log = _log(served)
     started = time.monotonic()
-    arguments = (*served.arguments, *further)
+    arguments = (*served.arguments, *_FITTED, *further)
     with serving(served.folder, vllm, log=log, arguments=arguments, model=served.name) as server:
         seconds = time.monotonic() - started
         chats = served.chats or _gives(further, "--chat-template")
@@ -193,7 +198,7 @@ def _check(served: Served, vllm: Vllm, options: argparse.Namespace) -> None:
         raise UserError(f"--check needs held-out text, and {data} is not there: give some with --data FILE")
     log = _log(served)
     asked = Asked(
-        data, options.samples, options.tokens, (*served.arguments, *options.further), "--trust-remote-code" in
+        data, options.samples, options.tokens, (*served.arguments, *_FITTED, *options.further), "--trust-remote-code" in
         served.arguments,
     )  # fmt: skip
     found = compare(served, vllm, asked, log)

@@ -47,6 +47,12 @@ def measure(plan: Plan, settings: Settings | None, work: Path, progress: Any = N
         progress: called with (model, done, total).
     """
     folders = _unpacked(plan, work)
+    if plan.engine is not None:  # else it would refuse one after the others were measured
+        from quantize.serving.engine import check_folders
+
+        fresh = [each for each in (plan.model, *plan.references) if each.stored is None]
+        dtypes = {folders[each.id]: each.dtype for each in fresh}
+        check_folders(plan.engine, dtypes, trust_remote_code=plan.trust_remote_code)
     samples = _read_samples(plan, folders)
     write_samples(samples, work / "samples.parquet")
     return _measure(plan, folders, settings, work, len(samples), progress)
@@ -133,7 +139,8 @@ def _measure(
         jobs["layers"] = _layers(plan, folders, jobs[f"score {MODEL}"])
     if settings is not None:
         told = {"tasks": asdict(settings), "chat_template": plan.chat_template, "engine": plan.engine}
-        check = {**jobs[f"score {MODEL}"], **told, "kind": "tasks", "name": "tasks"}
+        others = [str(folder) for key, folder in folders.items() if key != MODEL]
+        check = {**jobs[f"score {MODEL}"], **told, "kind": "tasks", "name": "tasks", "others": others}
         jobs = {"check": check, **jobs}  # what cannot be run is said before any model runs
         for each in fresh:
             score = {**jobs[f"score {each.id}"], **told, "name": f"{each.name}, tasks"}

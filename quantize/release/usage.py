@@ -11,6 +11,7 @@ from quantize.document import Block, Code, Heading, Paragraph
 from quantize.release.source import Release
 from quantize.release.text import export_code
 from quantize.schemes import served_formats
+from quantize.serving.check import needed_arguments
 from quantize.serving.environment import lock_pins
 
 _EXECUTORCH = ("int8-int4", "int8-int4-mobile")
@@ -95,9 +96,9 @@ def _vllm(release: Release) -> Iterator[Block]:
         yield Paragraph(f"No command is given: {why}. For vLLM convert the 16-bit weights to {formats}.")
         return
     assert release.place is not None, "which layout this is is recorded"
-    trust = " --trust-remote-code" if release.own_code else ""
+    needed = needed_arguments(release.settings, trust_remote_code=release.own_code)
     packages = " ".join([*_served_by(), *_kernels(release)])
-    yield Code(f"pip install {packages}\nvllm serve {shlex.quote(release.name)}{trust}")
+    yield Code(f"pip install {packages}\n{shlex.join(['vllm', 'serve', release.name, *needed])}")
     yield Paragraph(
         "In an environment of its own: vLLM brings a torch of its own. It reads the layout from config.json through "
         f"torchao. Its speed, as measured for this format: {release.place.served or 'not measured'}. With ongrid: "

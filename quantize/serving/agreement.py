@@ -133,9 +133,20 @@ def compare(served: Served, vllm: Vllm, asked: Asked, log: Path) -> Agreement:
         raise
     shutil.rmtree(place)
     with serving(served.folder, vllm, log=log, arguments=asked.arguments, model=served.name) as server:
+        _refuse_longer(plain, asked.tokens, server.max_length)
         scores = client.score(server, plain["ids"])
         completions = client.complete(server, plain["prompts"], asked.tokens, ignore_eos=True)
     return _compared(plain, scores, completions, asked.tokens)
+
+
+def _refuse_longer(plain: Mapping[str, Any], tokens: int, room: int) -> None:
+    """Where memory or an option leaves less of the context than the samples need. A scored one needs a token more."""
+    longest = max(max(map(len, plain["ids"])) + 1, max(map(len, plain["prompts"])) + tokens)
+    if longest > room:
+        raise UserError(
+            f"a sample needs {longest} tokens of context, and vLLM serves the model with {room} (its GPU memory, or "
+            "--max-model-len, allows no more): free memory (nvidia-smi), or give shorter samples or fewer --tokens"
+        )
 
 
 def _compared(

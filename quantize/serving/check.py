@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges
 _OLDEST = (7, 5)
 """Compute capability that vLLM wants for any of torchao's formats."""
 
+_NOT_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4", "plamo2")
+"""Kinds of models that vLLM refuses in float16 (vllm/config/model.py)."""
+_BFLOAT16 = (8, 0)
+"""Compute capability from which vLLM computes in bfloat16."""
+
 
 @dataclass(frozen=True)
 class Served:
@@ -34,6 +40,7 @@ class Served:
         arguments: of `vllm serve`, which it needs: nobody should have to guess them.
         scheme, target: its format; None = it is not quantised, or by a format that is not known here.
         chats: the tokenizer has a chat template.
+        dtype: of what is not quantised, by config.json; "" = it does not say.
     """
 
     folder: Path
@@ -42,10 +49,17 @@ class Served:
     scheme: Scheme | None
     target: Target | None
     chats: bool
+    dtype: str = ""
 
 
 def check_folder(
-    folder: Path, vllm: Vllm | None = None, *, chat: bool = True, trust_remote_code: bool = False, name: str = ""
+    folder: Path,
+    vllm: Vllm | None = None,
+    *,
+    chat: bool = True,
+    tokenizer: bool = True,
+    trust_remote_code: bool = False,
+    name: str = "",
 ) -> Served:
     """Refuses a folder that vLLM cannot serve.
 
@@ -53,6 +67,7 @@ def check_folder(
         folder: checkpoint in transformers format, quantised by torchao or not at all.
         vllm: the environment that will serve it; None = what it holds is not looked at.
         chat: the chat endpoint is wanted, and no template is given beside the folder.
+        tokenizer: none is given beside the folder.
         trust_remote_code: the user lets the checkpoint's own code run.
         name: what requests call it; the folder's by default.
 
@@ -66,7 +81,8 @@ def check_folder(
         raise UserError(
             f"{folder} is packed, which vLLM cannot read; unpack it: quantize convert {folder} --unpack --output NEW"
         )
-    faults = [*_tokenizer_faults(folder, chat), *_code_faults(folder, settings, trust_remote_code)]
+    faults = [*(_tokenizer_faults(folder, chat) if tokenizer else ())]
+    faults += _code_faults(folder, settings, trust_remote_code)
     quantisation = settings.get("quantization_config")
     scheme: Scheme | None = None
     target: Target | None = None
@@ -74,12 +90,39 @@ def check_folder(
     if quantisation:
         scheme, target = find_format(folder, weights)
         faults += _quantised_faults(folder, quantisation, weights, scheme, target, vllm)
+        faults += _dtype_faults(folder, settings)
     if faults:
         raise UserError(*faults)
-    arguments = ["--trust-remote-code"] if trust_remote_code else []
-    if quantisation and (settings.get("dtype") or settings.get("torch_dtype")) == "float32":
-        arguments += ["--dtype", "float32"]  # its scales are; vLLM would make bfloat16 of a float32 model
-    return Served(folder, name or folder.resolve().name, tuple(arguments), scheme, target, _has_template(folder))
+    arguments = needed_arguments(settings, trust_remote_code=trust_remote_code)
+    chats = _has_template(folder)
+    return Served(folder, name or folder.resolve().name, arguments, scheme, target, chats, _dtype(settings))
+
+
+def needed_arguments(settings: Mapping[str, Any], *, trust_remote_code: bool = False) -> tuple[str, ...]:
+    """The options of `vllm serve` that a checkpoint needs.
+
+    Args:
+        settings: its config.json.
+        trust_remote_code: its own code is to run.
+    """
+    # A quantised one's scales are of its dtype, and cannot be loaded into another: vLLM's "auto" makes bfloat16 of
+    # float32, and float16 of bfloat16 on an older GPU.
+    dtype = _dtype(settings) if settings.get("quantization_config") else ""
+    return (*(("--trust-remote-code",) if trust_remote_code else ()), *(("--dtype", dtype) if dtype else ()))
+
+
+def _dtype(settings: Mapping[str, Any]) -> str:
+    text = settings.get("text_config") or {}
+    said = (each.get(key) for each in (settings, text) for key in ("dtype", "torch_dtype"))
+    return str(next(filter(None, said), "")).removeprefix("torch.")
+
+
+def _dtype_faults(folder: Path, settings: Mapping[str, Any]) -> Iterator[str]:
+    if _dtype(settings) == "float16" and settings.get("model_type") in _NOT_IN_FLOAT16:
+        yield (
+            f"{folder} is in float16, in which vLLM does not compute a {settings['model_type']}, as its numbers "
+            "overflow; convert the 16-bit weights again with --dtype bfloat16"
+        )
 
 
 # ---------------------------------------------------------------------- beside the weights
@@ -176,7 +219,7 @@ def _quantised_faults(
     if vllm is not None and target is not None and wants_mslk and not vllm.packages.keys() & {"mslk", "mslk-cuda"}:
         yield (
             f"{folder} is for {target.name}, whose kernels are in mslk-cuda, and vLLM's environment has none: "
-            f"{vllm.executable.parent / 'python'} -m pip install --no-deps mslk-cuda"
+            f"{vllm.python} -m pip install --no-deps mslk-cuda"
         )
 
 
@@ -187,11 +230,12 @@ def _reading_faults(
     if vllm is not None and vllm.torchao is None:
         yield (
             f"{vllm.executable} has no torchao in its environment, which reads this format; install it there: "
-            f"{vllm.executable.parent / 'python'} -m pip install --no-deps torchao=={version('torchao')}"
+            f"{vllm.python} -m pip install --no-deps torchao=={version('torchao')}"
         )
         return
     classes = sorted({weight.kind for weight in weights.values() if weight.quantised})
-    faults = _faults_there(vllm, config, classes) if _is_other(vllm) else reading.faults_of(config, classes)
+    other = vllm is not None and vllm.torchao != version("torchao")
+    faults = _faults_there(vllm, config, classes) if other else reading.faults_of(config, classes)
     if faults:
         wrote = (read_record(folder).get("versions") or {}).get("torchao", "another version")
         reads = vllm.torchao if vllm is not None else version("torchao")
@@ -201,18 +245,13 @@ def _reading_faults(
         )
 
 
-def _is_other(vllm: Vllm | None) -> bool:
-    return vllm is not None and vllm.torchao != version("torchao")
-
-
 def _faults_there(vllm: Vllm | None, config: Mapping[str, Any], classes: Sequence[str]) -> list[str]:
     """What another torchao than ours says, asked in its own environment: seconds, as it imports torch."""
     assert vllm is not None
-    python = vllm.executable.resolve().parent / "python"
     asked = json.dumps({"config": config, "classes": classes})
     try:
         done = subprocess.run(
-            [str(python), reading.__file__], input=asked, capture_output=True, text=True, env=vllm.environment(),
+            [str(vllm.python), reading.__file__], input=asked, capture_output=True, text=True, env=vllm.environment(),
             timeout=300,
         )  # fmt: skip
         if done.returncode == 0:
@@ -220,7 +259,7 @@ def _faults_there(vllm: Vllm | None, config: Mapping[str, Any], classes: Sequenc
         said = (done.stderr.strip().splitlines() or ["no message"])[-1]
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         said = str(error)
-    return [f"it: {python} could not be asked ({said})"]
+    return [f"it: {vllm.python} could not be asked ({said})"]
 
 
 def _instead(folder: Path, scheme: Scheme, target: Target) -> str:
@@ -245,9 +284,11 @@ def check_gpu(served: Served, capability: str | None, gpu: str) -> None:
     Raises:
         UserError: it is older.
     """
-    if capability is None or served.target is None or served.scheme is None:
+    if not re.fullmatch(r"\d+\.\d+", capability or "") or served.target is None or served.scheme is None:
         return
+    assert capability is not None
     here, needed = _parts(capability), _needed(served.target)
+    what = f"{served.folder} is {served.scheme.name} for {served.target.name}"
     if here < needed:
         able = [
             f"{scheme.name} for {target.name}"
@@ -255,9 +296,15 @@ def check_gpu(served: Served, capability: str | None, gpu: str) -> None:
             if "mslk" not in target.needs and here >= _needed(target)
         ]
         raise UserError(
-            f"{served.folder} is {served.scheme.name} for {served.target.name}, which needs compute capability "
-            f"{'.'.join(map(str, needed))} or newer, and {gpu} has {capability}: serve it on a newer GPU"
+            f"{what}, which needs compute capability {'.'.join(map(str, needed))} or newer, and {gpu} has "
+            f"{capability}: serve it on a newer GPU"
             + (f", or convert the 16-bit weights to {' or '.join(able)}" if able else "")
+        )
+    if here < _BFLOAT16 and served.dtype == "bfloat16":
+        raise UserError(
+            f"{what} in bfloat16, which vLLM computes in from compute capability {'.'.join(map(str, _BFLOAT16))} on, "
+            f"and {gpu} has {capability}: serve it on a newer GPU, or convert the 16-bit weights again with "
+            "--dtype float16"
         )
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from quantize.errors import UserError
 
 if TYPE_CHECKING:
     from quantize.serving.server import Server
@@ -16,6 +21,10 @@ if TYPE_CHECKING:
 AT_ONCE = 64
 """Requests that wait at the same time: the engine batches them as its memory allows."""
 _ANSWER_SECONDS = 3600.0
+_LOG_SECONDS = 2.0
+"""An engine that fails says so to who waits before all of its log is written."""
+_NO_NUMBER = "Out of range float values are not JSON compliant"
+"""What vLLM answers for a log-probability that is NaN or infinite, with the code of a request that is wrong."""
 # Loopback is asked directly, whatever http_proxy says.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -57,13 +66,13 @@ def is_healthy(url: str) -> bool:
     try:
         with _opener.open(f"{url}/health", timeout=5) as answer:
             return bool(answer.status == 200)
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return False
 
 
-def describe(url: str) -> dict[str, Any]:
+def describe(url: str, log: Path | None = None, hint: str = "") -> dict[str, Any]:
     """The model that is served: `id`, `max_model_len` and more."""
-    found: dict[str, Any] = _ask(url, "/v1/models", None)["data"][0]
+    found: dict[str, Any] = _ask(url, "/v1/models", None, log, hint)["data"][0]
     return found
 
 
@@ -87,6 +96,7 @@ def complete(
         options: further fields of the request, by vLLM's names.
 
     Raises:
+        UserError: the GPU's memory did not suffice, or a number of the model overflows.
         RuntimeError: the server refused a request, or is gone.
     """
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
@@ -110,6 +120,7 @@ def score(server: Server, sequences: Sequence[Sequence[int]], progress: Progress
         sequences: each of 1 to `server.max_length` - 1 tokens: the protocol wants room for one new one.
 
     Raises:
+        UserError: the GPU's memory did not suffice, or a number of the model overflows.
         RuntimeError: the server refused a request, or is gone.
     """
 
@@ -132,7 +143,7 @@ def chat(server: Server, text: str, max_tokens: int) -> str:
     """The answer to one message, greedily, in the tokenizer's chat template."""
     messages = [{"role": "user", "content": text}]
     request = {"model": server.model, "messages": messages, "max_tokens": max_tokens, "temperature": 0.0}
-    answer = _ask(server.url, "/v1/chat/completions", request, server)
+    answer = _ask(server.url, "/v1/chat/completions", request, server.log, server.hint)
     content = answer["choices"][0]["message"]["content"]
     return content or ""
 
@@ -147,7 +158,7 @@ def _completions(server: Server, prompt: str | Sequence[int], options: dict[str,
     """One choice. A repetition penalty of the folder's own would hold for greedy decoding too: there is none."""
     asked = prompt if isinstance(prompt, str) else list(prompt)
     request = {"model": server.model, "prompt": asked, "temperature": 0.0, "repetition_penalty": 1.0, **options}
-    choice: dict[str, Any] = _ask(server.url, "/v1/completions", request, server)["choices"][0]
+    choice: dict[str, Any] = _ask(server.url, "/v1/completions", request, server.log, server.hint)["choices"][0]
     return choice
 
 
@@ -165,7 +176,7 @@ def _all(ask: Callable[[int], _Result], count: int, progress: Progress | None) -
         pool.shutdown(wait=False, cancel_futures=True)  # after an error nobody waits for the others
 
 
-def _ask(url: str, path: str, request: dict[str, Any] | None, server: Server | None = None) -> dict[str, Any]:
+def _ask(url: str, path: str, request: dict[str, Any] | None, log: Path | None, hint: str) -> dict[str, Any]:
     body = None if request is None else json.dumps(request).encode()
     headers = {"Content-Type": "application/json"}
     try:
@@ -174,9 +185,29 @@ def _ask(url: str, path: str, request: dict[str, Any] | None, server: Server | N
             found: dict[str, Any] = json.loads(answer.read())
             return found
     except urllib.error.HTTPError as error:
-        raise RuntimeError(f"vLLM refused {path} (HTTP {error.code}): {_message(error)}") from error
-    except (OSError, ValueError) as error:
-        raise _gone(url, error, server) from error
+        raise _refused(url, path, error, log, hint) from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        why = getattr(error, "reason", None) or error or type(error).__name__
+        raise _ended(f"vLLM at {url} no longer answers ({why})", log, hint) from error
+
+
+def _refused(url: str, path: str, error: urllib.error.HTTPError, log: Path | None, hint: str) -> Exception:
+    """From 500 on it is the engine that failed, and its log says why: the answer does not."""
+    try:
+        said = _message(error)
+    except (OSError, http.client.HTTPException):  # gone while it answered
+        said = str(error.reason)
+    if _NO_NUMBER in said:
+        return UserError(
+            "vLLM computed a log-probability that is NaN or infinite: the model's numbers overflow in this dtype; "
+            "convert it again with --dtype bfloat16, or float32"
+        )
+    if error.code < 500:
+        return RuntimeError(f"vLLM refused {path} (HTTP {error.code}): {said}")
+    until = time.monotonic() + _LOG_SECONDS
+    while time.monotonic() < until and is_healthy(url):
+        time.sleep(0.1)
+    return _ended(f"vLLM failed at {path} (HTTP {error.code}: {said})", log, hint)
 
 
 def _message(error: urllib.error.HTTPError) -> str:
@@ -188,8 +219,7 @@ def _message(error: urllib.error.HTTPError) -> str:
         return text[:500] or str(error.reason)
 
 
-def _gone(url: str, error: Exception, server: Server | None) -> Exception:
+def _ended(what: str, log: Path | None, hint: str) -> Exception:
     from quantize.serving.server import ended
 
-    what = f"vLLM at {url} no longer answers ({getattr(error, 'reason', None) or error})"
-    return ended(server.log, what) if server is not None and server.log is not None else RuntimeError(what)
+    return RuntimeError(what) if log is None else ended(log, what, hint)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from quantize.errors import UserError
 from quantize.hardware import has_nvidia_driver
 from quantize.schemes import Scheme, Target
 from quantize.serving.environment import Vllm, find_vllm
+from quantize.serving.gpu import check_driver, find_gpu
+
+if TYPE_CHECKING:
+    from quantize.doctor.machine import Gpu
 
 _DECIDES = ("vllm", "torch", "torchao")
 """Packages of vLLM's environment that decide what a model answers."""
+_ASKED = "eval.engine=vllm"
+_BFLOAT16 = 8
+"""Major compute capability from which on vLLM takes an unquantised model in bfloat16 (vllm/platforms/cuda.py)."""
 
 
 def find_engine(name: str) -> dict[str, Any] | None:
@@ -19,13 +27,16 @@ def find_engine(name: str) -> dict[str, Any] | None:
     which the run's own packages tell.
 
     Raises:
-        UserError: it is not installed, or this machine has no GPU for it.
+        UserError: it is not installed, or this machine has no GPU or no driver for it.
     """
     if name != "vllm":
         return None
     lines: list[str] = []
     try:
-        found = describe(find_vllm())
+        vllm, gpu = find_vllm(), find_gpu()
+        found = describe(vllm)
+        if gpu is not None:
+            check_driver(vllm, gpu.driver)
     except UserError as error:
         # A run has no option that names an environment.
         lines += [f"eval.engine=vllm: {line.replace('--env FOLDER or ', '')}" for line in error.lines]
@@ -61,6 +72,67 @@ def find_same(engine: Mapping[str, Any]) -> Vllm:
             f"{there}: results of the two make no pairs; name that environment in $ONGRID_VLLM"
         )
     return found
+
+
+def check_folders(
+    engine: Mapping[str, Any], folders: Mapping[Path, str | None], *, trust_remote_code: bool = False
+) -> None:
+    """Whether vLLM serves each of these checkpoints, here, before anything is measured on one of them.
+
+    Args:
+        engine: from `find_engine`.
+        folders: each with what it computes in; None = as it says.
+
+    Raises:
+        UserError: what it would refuse, of all of them, a line each.
+    """
+    from quantize.serving.check import check_folder, check_gpu
+
+    vllm, gpu = find_same(engine), find_gpu()
+    lines: list[str] = []
+    for folder, dtype in folders.items():
+        try:
+            served = check_folder(folder, vllm, chat=False, trust_remote_code=trust_remote_code)
+            if gpu is not None:
+                check_gpu(served, gpu.capability, gpu.name)
+                refuse_dtype(dtype, gpu)
+        except UserError as error:
+            lines += (line if line.startswith(_ASKED) else f"{_ASKED}: {line}" for line in error.lines)
+    if lines:
+        raise UserError(*dict.fromkeys(lines))
+
+
+def refuse_gpu(shipped: tuple[Scheme, Target] | None, dtype: str) -> None:
+    """Raises UserError where this machine's GPU is too old for what ships, or for the 16-bit models beside it.
+
+    Args:
+        shipped: format; None = nothing is quantised.
+        dtype: what the 16-bit models compute in.
+    """
+    from quantize.serving.check import Served, check_gpu
+
+    gpu = find_gpu()
+    if gpu is None:
+        return
+    refuse_dtype(dtype, gpu)
+    if shipped is None:
+        return
+    try:
+        check_gpu(Served(Path("what ships"), "", (), *shipped, chats=False), gpu.capability, gpu.name)
+    except UserError as error:
+        raise UserError(
+            *(f"{_ASKED}: {line}; or run the tasks with eval.engine=transformers" for line in error.lines)
+        ) from error
+
+
+def refuse_dtype(dtype: str | None, gpu: Gpu) -> None:
+    """Raises UserError where vLLM takes no unquantised model in that dtype on that GPU."""
+    major = gpu.capability.partition(".")[0]
+    if dtype == "bfloat16" and major.isdigit() and int(major) < _BFLOAT16:
+        raise UserError(
+            f"{_ASKED}: the 16-bit models compute in bfloat16 here, for which vLLM wants compute capability "
+            f"{_BFLOAT16}.0 or newer, and {gpu.name} has {gpu.capability}; run the tasks with eval.engine=transformers"
+        )
 
 
 def refuse_unserved(scheme: Scheme, targets: Sequence[Target]) -> None:

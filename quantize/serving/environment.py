@@ -6,6 +6,7 @@ vLLM brings a torch of its own, so it never shares an environment with training.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,11 @@ COMMAND = "quantize serve --setup"
 VARIABLE = "ONGRID_VLLM"
 _PYTHON = (3, 12)
 _MADE = "made-by-ongrid.txt"
+_DRIVERS = {"12": 525, "13": 580}
+"""The oldest driver of NVIDIA that runs programs of a CUDA version."""
+_SHEBANG = re.compile(r"""^#![ ]*(?P<env>/\S*/env[ ]+(?:-S[ ]+)?)?(?P<python>\S*python[\d.]*)(?:[ ].*)?$""")
+_TRAMPOLINE = re.compile(r"""^\'\'\'exec\'[ ]["\']?(?P<python>/[^"\']*?python[\d.]*)["\']?[ ]"\$0\"""")
+"""How pip names an interpreter whose path is too long for a first line, or holds a blank: `#!/bin/sh`, then this."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Vllm:
     """An installed vLLM.
 
     Attributes:
-        executable: the command `vllm`. version: as "0.23.0".
+        executable: the command `vllm`. version: as "0.23.0". python: the interpreter that runs it.
         site: the folder of its packages.
         packages: version of each package in it, by its name with dashes.
         found: how it was found, in words.
@@ -40,16 +46,33 @@ class Vllm:
     site: Path
     packages: Mapping[str, str]
     found: str
+    python: Path
 
     @property
     def torchao(self) -> str | None:
         """The version of torchao beside it; None = there is none, and it loads no quantised folder of ours."""
         return self.packages.get("torchao")
 
+    @property
+    def cuda(self) -> str | None:
+        """The major version of CUDA that its torch is built for, as "13"; None = not known."""
+        found = self.packages.get("nvidia-cuda-runtime")
+        if found is not None:
+            return found.partition(".")[0]
+        return "12" if "nvidia-cuda-runtime-cu12" in self.packages else None
+
+    @property
+    def driver(self) -> int | None:
+        """The oldest major version of NVIDIA's driver that runs it; None = not known."""
+        return _DRIVERS.get(self.cuda or "")
+
     def environment(self) -> dict[str, str]:
-        """The variables it is started with: its own programs first on PATH (ninja builds kernels), no paths of ours."""
+        """The variables it is started with: its own programs first on PATH (ninja builds kernels), no paths of ours,
+        GPUs numbered as nvidia-smi does."""
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-        return kept | {"PATH": os.pathsep.join([str(self.executable.parent), os.environ.get("PATH", os.defpath)])}
+        own = dict.fromkeys(map(str, (self.python.parent, self.executable.parent, self.executable.resolve().parent)))
+        path = os.pathsep.join([*own, os.environ.get("PATH", os.defpath)])
+        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} | kept | {"PATH": path}
 
 
 def lock_pins() -> dict[str, str]:
@@ -99,19 +122,33 @@ def _read(executable: Path, found: str) -> Vllm:
         )
     if not os.access(executable, os.X_OK):
         raise UserError(f"{found}: {executable} cannot be run; make a new environment with: {COMMAND}")
-    prefix = executable.resolve().parent.parent
-    for site in sorted(prefix.glob("lib*/python3*/*-packages")):
+    python = _interpreter(executable)
+    prefixes = [python.parent.parent, executable.resolve().parent.parent]  # a system's Python installs beside itself
+    for site in (site for prefix in prefixes for site in sorted(prefix.glob("lib*/python3*/*-packages"))):
         packages = {
             name.lower().replace("_", "-"): each.version
             for each in metadata.distributions(path=[str(site)])
             if (name := each.metadata["Name"]) is not None
         }
         if "vllm" in packages:
-            return Vllm(executable, packages["vllm"], site, packages, found)
+            return Vllm(executable, packages["vllm"], site, packages, found, python)
     raise UserError(
-        f"{found}: {executable} is there, but {prefix} holds no package vllm: half an installation? "
-        f"Make a new one with: {COMMAND}"
+        f"{found}: {executable} is there, but {' and '.join(dict.fromkeys(map(str, prefixes)))} holds no package vllm: "
+        f"half an installation? Make a new one with: {COMMAND}"
     )
+
+
+def _interpreter(executable: Path) -> Path:
+    """The Python that a script names at its beginning; where it names none, the one beside it."""
+    with executable.open("rb") as stream:
+        first, second, *_ = [*stream.read(4096).decode(errors="replace").splitlines(), "", ""]
+    named = _SHEBANG.match(first) or (_TRAMPOLINE.match(second) if first.startswith("#!/bin/sh") else None)
+    if named is not None:
+        asked = named["python"]
+        found = shutil.which(asked) if "env" in named.groupdict() and named["env"] else asked
+        if found is not None and Path(found).is_file():
+            return Path(found)
+    return executable.resolve().parent / "python"
 
 
 # ---------------------------------------------------------------------- installation
@@ -119,22 +156,27 @@ def _read(executable: Path, found: str) -> Vllm:
 
 def find_python() -> str:
     """A Python of the version that the lock is for: this one, else the one on PATH. Raises UserError for none."""
-    if sys.version_info[:2] == _PYTHON:
+    if sys.version_info[:2] == _PYTHON and _makes_environments(sys.executable):
         return sys.executable
     name = ".".join(map(str, _PYTHON))
     found = shutil.which(f"python{name}")
     if found is not None and _makes_environments(found):
         return found
     lacking = f"no python{name} is on PATH" if found is None else f"{found} cannot make an environment (venv)"
+    here = ".".join(map(str, sys.version_info[:2]))
+    this = f"this is {here}" if here != name else f"{sys.executable} cannot make an environment (venv)"
     raise UserError(
-        f"vLLM's exact packages are for Python {name}, this is {sys.version_info[0]}.{sys.version_info[1]}, and "
-        f"{lacking}; install one (Debian, Ubuntu: apt-get install python{name} python{name}-venv)"
+        f"vLLM's exact packages are for Python {name}, {this}, and {lacking}; "
+        f"install one (Debian, Ubuntu: apt-get install python{name} python{name}-venv)"
     )
 
 
 def _makes_environments(python: str) -> bool:
     """Debian splits venv off, and a version manager's stand-in for a Python may lead nowhere."""
-    return subprocess.run([python, "-c", "import venv, ensurepip"], capture_output=True).returncode == 0
+    try:
+        return subprocess.run([python, "-c", "import venv, ensurepip"], capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 def install(folder: Path) -> None:
@@ -178,17 +220,22 @@ def _bring_back(old: Path, folder: Path) -> None:
 
 
 def _call(command: list[str], failed: str) -> None:
-    """Runs it with its output shown, as it takes minutes; the last line of its complaints ends the error."""
+    """Runs it with its output shown, as it takes minutes; the last line of its complaints ends the error.
+
+    Both of its streams go to stderr: venv complains on stdout.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stderr is not None
-    last = "no message"
+    environment["PYTHONUNBUFFERED"] = "1"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    assert process.stdout is not None
+    last = error = ""
     try:
-        for line in process.stderr:
+        for line in process.stdout:
             sys.stderr.write(line)
             last = line.strip() or last
+            error = last if last.startswith("ERROR") else error  # pip speaks of its own next version after it
         if process.wait():
-            raise UserError(f"{failed}: {last}")
+            raise UserError(f"{failed}: {error or last or 'no message'}")
     finally:
         process.kill()
         process.wait()

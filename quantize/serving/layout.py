@@ -19,6 +19,8 @@ from quantize.names import fused_names
 
 _TABLES = re.compile(r"embed|^(wte|wpe|lm_head|output_projection)$")
 """Last parts of names that are no linear layers to vLLM: tables of tokens and positions, and the head."""
+_INSIDE = "model.language_model."
+"""How the layers of a model inside another are called in transformers; vLLM has them below language_model.model."""
 _PLAIN = "Tensor"
 _SHOWN = 3
 
@@ -133,6 +135,11 @@ def _named(chosen: Mapping[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _names(settings: Mapping[str, Any]) -> list[str]:
+    """All layers that config.json names one by one."""
+    return [*(settings.get("modules_to_not_convert") or ()), *_named(settings["quant_type"]["default"])]
+
+
 def find_faults(weights: Mapping[str, Weight], settings: Mapping[str, Any]) -> list[str]:
     """Why vLLM would not load these weights under this config, one thing each; names of layers at most three.
 
@@ -158,6 +165,13 @@ def find_faults(weights: Mapping[str, Weight], settings: Mapping[str, Any]) -> l
         if name.endswith(".weight") and not _TABLES.search(_leaf(name)) and ".experts." not in f".{name}."
         and (weight.quantised or weight.dimensions == 2)
     }  # fmt: skip
+    names = _names(settings)
+    inside = [name for name in names if name.removeprefix("re:").replace("\\", "").startswith("model.")]
+    if inside and any(name.startswith(_INSIDE) for name in (*weights, *inside)):
+        return [
+            *faults, f"config.json names layers inside another model ({_some(inside)}), which vLLM has under other "
+            "names, and would take for what they are not: serve its 16-bit weights, or convert all layers alike",
+        ]  # fmt: skip
     try:
         return faults + list(_layer_faults(linear, settings))
     except re.error as error:

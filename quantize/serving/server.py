@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,15 +20,11 @@ from types import FrameType
 from quantize.errors import UserError
 from quantize.serving import client
 from quantize.serving.environment import Vllm
+from quantize.serving.gpu import SCORED_TOKENS, memory_share
 
 START_SECONDS = 1800.0
 """A large model is read, compiled and captured before the first answer; a cold disk is the slowest of it."""
 _END_SECONDS = 20.0
-_SHARE = 0.9
-_KEPT_GIB = 4.0
-"""GPU memory that the engine leaves alone: it takes its share at the start, and the logits of scored prompts come on
-top (2,048 tokens of a vocabulary of 150,000 in float32, twice)."""
-_SCORED_TOKENS = 2048
 _PREFIX = re.compile(r"^(?:\([^)]*pid=\d+\) ?)?(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ?)?")
 _EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)(?:: .*)?$")
 _CHAINED = ("During handling of the above exception", "The above exception was the direct cause")
@@ -40,7 +35,22 @@ _FOLLOWS = (
     "EngineCore encountered",
 )
 """What other processes say after the engine died: not why."""
-_MEMORY = ("out of memory", "No available memory for the cache", "than desired GPU memory", "available KV cache memory")
+_MEMORY = (
+    "out of memory",
+    "No available memory for the cache",
+    "than desired GPU memory",
+    "available KV cache memory",
+    "not enough GPU memory available",
+)
+HINT = "shorten the context (-- --max-model-len 4096) or take a smaller format"
+"""What to do, beside ending what else holds the GPU's memory, where it does not suffice."""
+_SETTINGS = {
+    "PYTHONUNBUFFERED": "1",
+    "VLLM_NO_USAGE_STATS": "1",  # what is measured is nobody else's
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # or 16-bit models run in another runner than quantised ones, and pair with less
+}
+_KEY = "VLLM_API_KEY"
+"""It would ask for a key that nobody gives: a measurement's server is its own client's."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +61,14 @@ class Server:
         url: "http://127.0.0.1:PORT". model: the name that requests give.
         max_length: tokens of prompt and answer together.
         log: what it prints.
+        hint: what to do where the GPU's memory does not suffice.
     """
 
     url: str
     model: str
     max_length: int
     log: Path | None = None
+    hint: str = HINT
 
 
 @contextmanager
@@ -68,16 +80,19 @@ def serving(
     arguments: Sequence[str] = (),
     model: str = "model",
     timeout: float = START_SECONDS,
+    hint: str = HINT,
 ) -> Iterator[Server]:
     """Serves a checkpoint on a free port of 127.0.0.1 while the block runs; then all its processes are gone.
 
-    It samples by nothing that lies in the folder (`--generation-config vllm`), so that requests say all.
+    How it samples is nothing that lies in the folder (`--generation-config vllm`), so that requests say all; which
+    tokens end an answer it reads there nevertheless.
 
     Args:
         folder: what `quantize.serving.check.check_folder` let through.
         log: file for all that it prints; replaced.
-        arguments: further ones of `vllm serve`; they come last, and win.
+        arguments: further ones of `vllm serve`; they win, but for the address.
         timeout: seconds until it must answer.
+        hint: what to do where the GPU's memory does not suffice, beside ending what else holds it.
 
     Raises:
         UserError: the GPU's memory does not suffice.
@@ -85,13 +100,12 @@ def serving(
     """
     port = _free_port()
     command = [
-        str(vllm.executable), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--served-model-name",
-        model, "--generation-config", "vllm", "--max-num-batched-tokens", str(_SCORED_TOKENS), *_memory_share(),
-        *arguments,
+        str(vllm.executable), "serve", str(folder), "--served-model-name", model, "--generation-config", "vllm",
+        "--max-num-batched-tokens", str(SCORED_TOKENS), *memory_share(folder), *arguments, "--host", "127.0.0.1",
+        "--port", str(port),
     ]  # fmt: skip
     log.parent.mkdir(parents=True, exist_ok=True)
-    # What is measured is nobody else's: vLLM's statistics of use are not sent from here.
-    environment = vllm.environment() | {"PYTHONUNBUFFERED": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment = {name: value for name, value in vllm.environment().items() if name != _KEY} | _SETTINGS
     with _terminable():
         with log.open("w", encoding="utf-8") as stream:
             stream.write(f"{shlex.join(command)}\n")
@@ -100,16 +114,18 @@ def serving(
                 command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, env=environment,
                 start_new_session=True,
             )  # fmt: skip
-        guard = _guard(process)
+        guard: subprocess.Popen[bytes] | None = None
         try:
+            guard = _guard(process)
             url = f"http://127.0.0.1:{port}"
-            _wait(process, url, log, timeout)
-            found = client.describe(url)
-            yield Server(url, found["id"], int(found["max_model_len"]), log)
+            _wait(process, url, log, timeout, hint)
+            found = client.describe(url, log, hint)
+            yield Server(url, found["id"], int(found["max_model_len"]), log, hint)
         finally:
             _end(process)
-            guard.kill()
-            guard.wait()
+            if guard is not None:
+                guard.kill()
+                guard.wait()
 
 
 def _guard(process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
@@ -125,44 +141,28 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _memory_share() -> list[str]:
-    """The share of the GPU that is free now, as another process may hold some; nothing where nvidia-smi tells none."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return []
-    asked = [command, "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run([*asked, "-i", visible or "0"], capture_output=True, text=True, timeout=20)
-        free, total = (float(part) / 1024 for part in done.stdout.splitlines()[0].split(","))
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return []
-    share = min(_SHARE, (free - _KEPT_GIB) / total)
-    if share < 0.05:
-        raise UserError(
-            f"the GPU has {free:.1f} of {total:.1f} GiB free, too little for vLLM; end what holds the rest: nvidia-smi"
-        )
-    return ["--gpu-memory-utilization", f"{share:.3f}"]
-
-
-def _wait(process: subprocess.Popen[bytes], url: str, log: Path, timeout: float) -> None:
+def _wait(process: subprocess.Popen[bytes], url: str, log: Path, timeout: float, hint: str) -> None:
     until = time.monotonic() + timeout
     while time.monotonic() < until:
         if process.poll() is not None:
-            raise ended(log, f"vLLM ended with exit code {process.returncode} before it answered")
+            raise ended(log, f"vLLM ended with exit code {process.returncode} before it answered", hint)
         if client.is_healthy(url):
             return
         time.sleep(0.1)
     raise RuntimeError(f"vLLM did not answer within {timeout:.0f} seconds; its log is {log}:\n{tail(log)}")
 
 
-def ended(log: Path, what: str) -> Exception:
-    """The error to raise where the engine died: why, by its log, and what to do."""
+def ended(log: Path, what: str, hint: str = HINT) -> Exception:
+    """The error to raise where the engine died: why, by its log, and what to do.
+
+    Args:
+        what: happened, in words. hint: what to do where memory does not suffice, beside ending what else holds it.
+    """
     cause = root_cause(log)
     if any(words in cause for words in _MEMORY):
         return UserError(
-            f"{what}: the GPU's memory does not suffice: {cause}; end what else holds it (nvidia-smi), shorten the "
-            f"context (--max-model-len 4096) or take a smaller format; all of its log is {log}"
+            f"{what}: the GPU's memory does not suffice: {cause}; end what else holds it (nvidia-smi), or {hint}; "
+            f"all of its log is {log}"
         )
     return RuntimeError(f"{what}: {cause}\nall of its log is {log}")
 

@@ -6,13 +6,14 @@ text of some models, and takes a token that shares the highest log-probability w
 
 from __future__ import annotations
 
+import fcntl
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
@@ -25,8 +26,10 @@ from lm_eval.models.utils import (
 )
 
 from quantize.errors import UserError
+from quantize.files import read_mapping
 from quantize.serving import client
 from quantize.serving.engine import find_same
+from quantize.serving.gpu import find_gpu
 from quantize.serving.server import Server, serving
 from quantize.task_checks import SERVER_RESERVES, context_length
 
@@ -34,6 +37,17 @@ _AT_ONCE = 1024
 """Requests whose answers are held at a time: each has three numbers for every token of the prompt."""
 _CLAMPED = -9999.0
 """What vLLM says in place of a log-probability of minus infinity, which JSON does not have."""
+_HINT = "run the tasks with eval.engine=transformers"
+"""What a run can do, beside ending what else holds the GPU's memory: it has no setting for the server's context."""
+_SERVED = ".served."
+_NEUTRAL: dict[str, Any] = {
+    "bad_words_ids": [], "begin_suppress_tokens": [], "constraints": [], "exponential_decay_length_penalty": None,
+    "force_words_ids": [], "forced_bos_token_id": None, "forced_eos_token_id": None, "guidance_scale": 1,
+    "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0, "num_beams": 1, "penalty_alpha": 0,
+    "sequence_bias": {}, "suppress_tokens": [], "watermarking_config": None,
+}  # fmt: skip
+"""Settings of a model's folder that change what transformers writes when it does not sample, and that a server is not
+asked for; each with the value beside None that changes nothing."""
 
 
 class ServedLM(HFLM):
@@ -68,6 +82,7 @@ class ServedLM(HFLM):
         """(log-likelihood, is each token the most likely one) of each answer after its prompt, both as tokens."""
         found: list[tuple[float, bool]] = []
         for some in chunks(requests, _AT_ONCE):
+            self._refuse_answer(max(len(scored) for _, _, scored in some))
             sequences = [(before + scored)[-(self._max_length + 1) :] for _, before, scored in some]
             self._refuse_longer(max(map(len, sequences)) + 1)
             scores = client.score(self.server, sequences)
@@ -96,16 +111,25 @@ class ServedLM(HFLM):
         return found
 
     def _prompt(self, text: str, limit: int) -> list[int]:
+        self._refuse_answer(limit + 1)  # with a token of the prompt
         tokens, _ = self.tok_batch_encode([text], left_truncate_len=self._max_length - limit)
         return [int(token) for token in tokens[0]]
+
+    def _refuse_answer(self, tokens: int) -> None:
+        """lm-eval's own model has these as assertions; a run was refused by `check_runnable` before."""
+        if tokens > self._max_length:
+            raise UserError(
+                f"eval.engine=vllm: an answer takes {tokens} tokens, and this model's context has {self._max_length}; "
+                "leave that task out, or take a model with a longer context"
+            )
 
     def _refuse_longer(self, tokens: int) -> None:
         """A server that has memory for less than the model's context must not cut what transformers would not."""
         if tokens > self.server.max_length:
             raise UserError(
                 f"eval.engine=vllm: a request has {tokens} tokens, and vLLM serves this model with "
-                f"{self.server.max_length} (its GPU memory or the model's config allows no more); free memory "
-                "(nvidia-smi), or run the tasks with eval.engine=transformers"
+                f"{self.server.max_length} (its GPU memory or the model's config allows no more): end what else holds "
+                f"it (nvidia-smi), or {_HINT}"
             )
 
 
@@ -118,18 +142,39 @@ def _result(score: client.Score, scored: Sequence[int]) -> tuple[float, bool]:
 def greedy_decoding(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """What of a model's folder decides its greedy answers in transformers, in vLLM's words: which tokens end one, and
     a penalty on repetition."""
-    from transformers import AutoConfig, GenerationConfig
-
-    try:
-        own = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except OSError:  # it has none
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-        own = GenerationConfig.from_model_config(config)
+    own = _generation_config(folder, trust_remote_code)
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     return {
         "stop_token_ids": [token for token in ends if token is not None],
         "repetition_penalty": own.repetition_penalty or 1.0,
     }
+
+
+def refuse_decoding(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Raises UserError where a model's folder asks for more when tokens are written than `greedy_decoding` tells.
+
+    vLLM knows some of it by other names or with another meaning, so that the answers would not be those of
+    transformers; nothing of it matters where answers are scored.
+    """
+    own = _generation_config(folder, trust_remote_code)
+    asked = {name: getattr(own, name, None) for name in _NEUTRAL}
+    odd = [f"{name}: {value}" for name, value in asked.items() if value not in (None, _NEUTRAL[name])]
+    if odd:
+        raise UserError(
+            f"eval.engine=vllm: {folder}: its generation settings have {', '.join(odd)}, which is not asked of vLLM: "
+            "a task that lets the model write would have other answers than in transformers; run the tasks with "
+            "eval.engine=transformers, or take that out of generation_config.json"
+        )
+
+
+def _generation_config(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:  # it has none
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        return GenerationConfig.from_model_config(config)
 
 
 @contextmanager
@@ -145,18 +190,21 @@ def served_lm(
     Raises:
         UserError: vLLM is another one than the job asks for, cannot load the checkpoint, or lacks memory.
     """
-    from quantize.serving.check import check_folder
+    from quantize.serving.check import check_folder, check_gpu
 
     vllm, trust = find_same(job["engine"]), bool(job.get("trust_remote_code"))
     model, rows = Path(job["model"]), Path(job["task_rows"])
     context = context_length(model, tokenizer, trust_remote_code=trust)
     with _checkpoint(job, rows, convert) as folder:
         checked = check_folder(folder, vllm, chat=False, trust_remote_code=trust)
+        if (gpu := find_gpu()) is not None:
+            check_gpu(checked, gpu.capability, gpu.name)
         _free_memory()
         # As much of the model's context as memory allows; a request that is longer is refused.
         arguments = [*checked.arguments, "--max-model-len", "auto"]
-        arguments += ["--dtype", job["dtype"]] if checked.scheme is None and job.get("dtype") else []
-        with serving(folder, vllm, log=rows.with_suffix(".vllm.log"), arguments=arguments) as server:
+        quantised = read_mapping(folder / "config.json").get("quantization_config")  # by a known format or not
+        arguments += ["--dtype", job["dtype"]] if job.get("dtype") and not quantised else []
+        with serving(folder, vllm, log=rows.with_suffix(".vllm.log"), arguments=arguments, hint=_HINT) as server:
             yield ServedLM(server, tokenizer, context, greedy_decoding(model, trust_remote_code=trust))
 
 
@@ -170,23 +218,37 @@ def _checkpoint(job: Mapping[str, Any], rows: Path, convert: Callable[[Mapping[s
         yield Path(job["model"])
         return
     _remove_left(rows)
-    folder = rows.with_name(f"{rows.stem}.served.{os.getpid()}")
-    keys = ("dtype", "grid", "trust_remote_code")
+    # Not named by the process: on a shared disk another machine may have one of the same number.
+    folder = rows.with_name(f"{rows.stem}{_SERVED}{uuid4().hex[:8]}")
+    settings = {key: job.get(key) for key in ("dtype", "grid", "trust_remote_code")} | job["simulate"]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        convert(
-            {"source": job["model"], "output": str(folder), **{key: job.get(key) for key in keys}, **job["simulate"]}
-        )
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with _lock_of(folder).open("w") as lock:
+        with suppress(OSError):  # a disk that knows no locks: there nothing that is left is removed
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            output = folder / "checkpoint"  # what converts writes beside it first
+            convert({"source": job["model"], "output": str(output), **settings})
+            yield output
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            _lock_of(folder).unlink(missing_ok=True)
+
+
+def _lock_of(folder: Path) -> Path:
+    """The file that is locked from before a checkpoint is there until after it is gone."""
+    return folder.with_name(f"{folder.name}.lock")
 
 
 def _remove_left(rows: Path) -> None:
-    """Removes the checkpoints of processes that were killed; another run may be at work on the same results."""
-    for left in rows.parent.glob(f"{rows.stem}.served.*"):
-        if not Path(f"/proc/{left.name.rsplit('.', 1)[-1]}").exists():
+    """Removes the checkpoints of processes that were killed, whose locks are free; another run may be at work on the
+    same results, on another machine too."""
+    for left in rows.parent.glob(f"{rows.stem}{_SERVED}*"):
+        if not left.is_dir():
+            continue
+        with suppress(OSError), _lock_of(left).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left, ignore_errors=True)
+            _lock_of(left).unlink(missing_ok=True)
 
 
 def _free_memory() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ from fake_vllm import make_environment
 from tiny_models import tiny_model
 
 from quantize.errors import UserError
-from quantize.serving import client
+from quantize.serving import check, client, tasks
+from quantize.serving.check import Served
 from quantize.serving.engine import describe
 from quantize.serving.environment import find_vllm
 from quantize.serving.server import Server, serving
-from quantize.serving.tasks import ServedLM, greedy_decoding
+from quantize.serving.tasks import ServedLM, _checkpoint, greedy_decoding, refuse_decoding, served_lm
 from quantize.task_checks import check_runnable
 from quantize.tasks import Row, Settings, load_rows, load_tasks, run_tasks, transformers_lm
 from quantize.worker_jobs import benchmark, check_tasks
@@ -255,13 +258,100 @@ def test_a_task_that_is_not_decoded_greedily_is_refused_before_anything_is_train
         check_tasks({**job, "engine": {"name": "vllm"}}, lambda done, total: None)
 
 
+def test_what_transformers_does_beside_greedy_decoding_is_refused_where_a_task_writes(
+    checkpoint: Path, folder: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    settings = json.loads((other / "generation_config.json").read_text())
+    harmless = {"no_repeat_ngram_size": 0, "min_new_tokens": 0, "suppress_tokens": [], "num_beams": 1, "top_p": 0.5}
+    (other / "generation_config.json").write_text(json.dumps(settings | harmless))
+    refuse_decoding(other)
+    (other / "generation_config.json").write_text(json.dumps(settings | {"no_repeat_ngram_size": 3, "num_beams": 2}))
+
+    def check(name: str, model: Path, *others: Path) -> Any:
+        asked = {"tasks": {"names": [str(folder / f"{name}.yaml")]}, "engine": {"name": "vllm"}}
+        return check_tasks({"model": str(model), "others": [*map(str, others)], **asked}, lambda done, total: None)
+
+    assert check("choices", other)["samples"] == {"choices": len(ROWS)}
+    for models in ((other,), (checkpoint, other)):
+        with pytest.raises(
+            UserError, match=r"other: .* have no_repeat_ngram_size: 3, num_beams: 2, which is not asked"
+        ):
+            check("writes", *models)
+
+
+def test_an_answer_that_leaves_no_room_in_the_context_is_refused(server: Server) -> None:
+    lm = ServedLM(server, byte_tokenizer(), CONTEXT, {})
+    with pytest.raises(UserError, match="an answer takes 95 tokens, and this model's context has 94"):
+        lm._loglikelihood_tokens([(None, [5], [6] * 95)])
+    assert lm._prompt("abc", 93) == byte_tokenizer().encode("c")
+    with pytest.raises(UserError, match="an answer takes 95 tokens"):
+        lm._prompt("abc", 94)
+
+
+def test_only_checkpoints_that_nobody_holds_are_removed(tmp_path: Path) -> None:
+    rows = tmp_path / "base.tasks.parquet"
+    made: list[Path] = []
+
+    def convert(job: Any) -> None:
+        made.append(Path(job["output"]))
+        made[-1].with_name("partial").mkdir(parents=True)  # as a conversion that is at work
+        made[-1].mkdir()
+
+    left = tmp_path / "base.tasks.served.0a1b2c3d"
+    left.mkdir()
+    left.with_name(f"{left.name}.lock").touch()
+    job = {"model": "m", "simulate": {"scheme": "int8"}}
+    with _checkpoint(job, rows, convert) as first:
+        assert list(tmp_path.glob("*.served.*")) and not left.exists()
+        with _checkpoint(job, rows, convert) as second:  # another process's, which must leave the first alone
+            assert all(each.is_dir() and each.with_name("partial").is_dir() for each in (first, second))
+            assert made == [first, second] and first.parent != second.parent
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_memory_for_the_server_is_told_what_it_can_do(
+    checkpoint: Path, environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_VLLM", "oom")
+    job = {"model": str(checkpoint), "engine": describe(find_vllm()), "task_rows": str(tmp_path / "rows.parquet")}
+    with (
+        pytest.raises(UserError, match=r"does not suffice: .*CUDA out of memory.* or run the tasks with eval\.engine="),
+        served_lm(job, byte_tokenizer(), lambda form: None),
+    ):
+        pass
+
+
+def test_a_quantised_folder_keeps_its_dtype_whatever_its_format(
+    checkpoint: Path, environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    @contextmanager
+    def serve(folder: Path, vllm: Any, *, arguments: Any, **_: Any) -> Iterator[Server]:
+        asked.append([*arguments])
+        yield Server("url", "model", CONTEXT)
+
+    monkeypatch.setattr(tasks, "serving", serve)
+    unknown = Served(checkpoint, "x", (), None, None, chats=False)
+    monkeypatch.setattr(check, "check_folder", lambda *_, **__: unknown)
+    job = {"model": str(checkpoint), "dtype": "bfloat16", "engine": describe(find_vllm()), "task_rows": "rows.parquet"}
+    for quantised in (False, True):
+        other = shutil.copytree(checkpoint, tmp_path / str(quantised))
+        if quantised:
+            settings = json.loads((other / "config.json").read_text())
+            (other / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "x"}}))
+        with served_lm({**job, "model": str(other)}, byte_tokenizer(), lambda form: None):
+            assert ("--dtype" in asked[-1]) is not quantised
+    assert asked[0][-2:] == ["--dtype", "bfloat16"]
+
+
 def test_a_simulated_arm_is_served_as_it_would_ship(
     checkpoint: Path, environment: Path, folder: Path, tmp_path: Path
 ) -> None:
     form = {"scheme": "int8", "target": "cuda", "group_size": None, "skip": []}
     names = [str(folder / f"{name}.yaml") for name in ("choices", "writes")]
     job = {"model": str(checkpoint), "dtype": "float32", "simulate": form, "tasks": {"names": names, "batch_size": 1}}
-    (tmp_path / "served.served.1000000000").mkdir()  # of a process that is gone
     found = []
     for name, engine in (("plain", None), ("served", describe(find_vllm()))):
         path = tmp_path / f"{name}.parquet"

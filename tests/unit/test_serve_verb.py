@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,13 @@ def test_a_dry_run_prints_the_command(vllm: Path, run: Path, capsys: pytest.Capt
     words = shlex.split(capsys.readouterr().out)
     assert words == [
         str(vllm / "bin" / "vllm"), "serve", str(run / "quantized"), "--served-model-name", "first", "--host",
-        "127.0.0.1", "--port", "81",
+        "127.0.0.1", "--port", "81", "--dtype", "bfloat16",
     ]  # fmt: skip
     options = ["--dry-run", "--", "--max-model-len", "4096", "--dtype=half", "--", "x y"]
     assert main(["serve", str(run / "quantized"), *options]) == 0
     said = capsys.readouterr().out.rstrip()
     assert shlex.split(said)[3:5] == ["--served-model-name", "quantized"]
-    assert said.endswith("--port 8000 --max-model-len 4096 --dtype=half -- 'x y'")
+    assert said.endswith("--port 8000 --dtype bfloat16 --max-model-len 4096 --dtype=half -- 'x y'")
 
 
 def test_this_process_becomes_vllms(
@@ -73,6 +74,10 @@ def test_a_machine_without_a_gpu_is_said(
     monkeypatch.setattr(machine, "find_gpus", list)
     assert main(["serve", str(run), *option]) == 2
     assert "vLLM needs an NVIDIA GPU, and this machine has none" in capsys.readouterr().err
+    monkeypatch.setattr(machine, "find_gpus", gpu)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert main(["serve", str(run), *option]) == 2
+    assert "CUDA_VISIBLE_DEVICES=3 leaves none of this machine's" in capsys.readouterr().err
 
 
 def test_an_old_gpu_is_said(
@@ -106,6 +111,9 @@ def test_what_is_missing_is_said(vllm: Path, run: Path, tmp_path: Path, capsys: 
     assert "say which run or folder to serve" in said()
     assert "--data is what --check compares on" in said(str(run), "--data", "x.txt")
     assert "--tokens 0: give a number from 1 on" in said(str(run), "--check", "--tokens", "0")
+    assert "--port is quantize serve's own: give it before" in said(str(run), "--", "--port=9000")
+    for word in ("--api-key", "--api_key=x", "--uds", "--ssl-keyfile=x", "--root-path"):
+        assert re.search(r"--check asks a server of its own, .*leave --\w+", said(str(run), "--check", "--", word))
     assert "nope is neither a run nor a folder with a config.json" in said("nope")
     (run / "quantized").rename(run / "elsewhere")
     assert "no finished training yet" in said(str(run))
@@ -120,8 +128,11 @@ def test_a_template_beside_the_folder_is_enough(vllm: Path, tmp_path: Path, caps
     folder = str(make(tmp_path / "folder", template=False))
     assert main(["serve", folder, "--dry-run"]) == 2
     assert "--completions-only" in capsys.readouterr().err
-    for words in (["--completions-only"], ["--", "--chat-template", "x.jinja"], ["--", "--chat-template=x.jinja"]):
+    for words in (["--completions-only"], ["--", "--chat-template", "x.jinja"], ["--", "--chat_template=x.jinja"]):
         assert main(["serve", folder, "--dry-run", *words]) == 0
+    (tmp_path / "folder" / "tokenizer.json").unlink()
+    for option in ("--tokenizer", "--config"):
+        assert main(["serve", folder, "--dry-run", "--", option, "x"]) == 0
 
 
 def test_setup_says_where_it_is(

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from quantize.serving.agreement import Difference, _compared, describe
+from quantize.errors import UserError
+from quantize.serving.agreement import Difference, _compared, _refuse_longer, describe
 from quantize.serving.client import Completion, Score
 
 PLAIN = {
@@ -62,3 +63,11 @@ def test_other_tokens_are_a_fault_at_an_equal_loss() -> None:
 def test_an_answer_that_is_too_short_is_a_failure_of_ours() -> None:
     with pytest.raises(ValueError):
         _compared(PLAIN, scores(1.0), completions([1]), 3)
+
+
+def test_what_the_server_has_no_room_for_is_said_before_it_is_asked() -> None:
+    _refuse_longer(PLAIN, 3, 5)  # a scored sample of 4 tokens, and one more; a prompt of 2 with 3
+    with pytest.raises(UserError, match=r"needs 5 tokens of context, and vLLM serves the model with 4"):
+        _refuse_longer(PLAIN, 2, 4)
+    with pytest.raises(UserError, match=r"needs 22 tokens .* or fewer --tokens"):
+        _refuse_longer(PLAIN, 20, 21)

@@ -104,7 +104,7 @@ def test_vllm_finds_what_convert_quantised_and_nothing_else(
     )  # fmt: skip
     found = check_folder(folder)
     assert (found.scheme, found.target, found.chats) == (scheme, scheme.targets[target], True)
-    assert found.arguments == () and found.name == "converted"
+    assert found.arguments == ("--dtype", "bfloat16") and found.name == "converted"
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
     taken = layout.is_taken("model.layers.1.self_attn.qkv_proj", settings)
     assert taken == ("q_proj" not in skip)
@@ -194,6 +194,11 @@ def test_float32_scales_are_served_in_float32(tmp_path: Path) -> None:
         ),
         ({"quantised": dict.fromkeys((*LINEAR, "model.embed_tokens"), "Int8Tensor")}, "embedding and lm_head"),
         ({"quantised": dict.fromkeys((*LINEAR, "mlp.experts.down_proj"), "Int8Tensor")}, "cannot load fused experts"),
+        ({"settings": {"dtype": "float16", "model_type": "gemma3"}}, "does not compute a gemma3.*--dtype bfloat16"),
+        (
+            {"modules_to_not_convert": ["model.language_model.layers.0.mlp.down_proj"]},
+            "layers inside another model .model.language_model.layers.0.mlp.down_proj., which vLLM has under other",
+        ),
         ({"template": False}, "no chat template.*-- --chat-template FILE.jinja.*--completions-only"),
         (
             {"settings": {"auto_map": {"AutoModelForCausalLM": "own.Model"}, "model_type": "own"}},
@@ -218,7 +223,9 @@ def test_what_the_user_takes_is_let_through(tmp_path: Path) -> None:
     own = {"auto_map": {"AutoModelForCausalLM": "own.Model"}, "model_type": "own"}
     folder = make(tmp_path / "folder", template=False, settings=own)
     found = check_folder(folder, chat=False, trust_remote_code=True)
-    assert found.arguments == ("--trust-remote-code",) and not found.chats
+    assert found.arguments == ("--trust-remote-code", "--dtype", "bfloat16") and not found.chats
+    (folder / "tokenizer.json").unlink()
+    assert check_folder(folder, tokenizer=False, trust_remote_code=True)  # another is given
 
 
 @pytest.mark.parametrize(
@@ -309,6 +316,13 @@ def test_an_older_gpu_is_told_what_it_can(tmp_path: Path) -> None:
     int8 = check_folder(make(tmp_path / "int8", record={"scheme": "int8", "target": "cuda"}))
     with pytest.raises(UserError, match=r"needs compute capability 7\.5 or newer"):
         check_gpu(int8, "7.0", "V100")
+    with pytest.raises(
+        UserError, match=r"in bfloat16, .* from compute capability 8\.0 on, and T4 has 7\.5: .*float16$"
+    ):
+        check_gpu(int8, "7.5", "T4")
+    check_gpu(replace(int8, dtype="float16"), "7.5", "T4")
+    check_gpu(int8, "8.0", "A100")
+    check_gpu(int8, "[N/A]", "?")
     with pytest.raises(UserError, match=r"serve it on a newer GPU$"):
         check_gpu(fp8, "6.1", "P40")
     check_gpu(replace(fp8, scheme=None, target=None), "6.1", "P40")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
 import signal
@@ -17,10 +18,11 @@ from fake_vllm import make_environment
 from tiny_models import save_plain, tiny_model
 
 from quantize.errors import UserError
-from quantize.serving import client, server
+from quantize.serving import client, gpu, server
 from quantize.serving.environment import Vllm, find_vllm
 from quantize.serving.server import Server, serving
 
+FLOAT32 = ("--dtype", "float32")
 PROMPTS = [[5, 6, 7, 8], [40, 41, 42], [90, 3, 17, 64, 64, 2]]
 
 
@@ -47,7 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(folder: Path, vllm: Vllm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(folder, vllm, log=tmp_path_factory.mktemp("log") / "vllm.log", model="tiny") as found:
+    log = tmp_path_factory.mktemp("log") / "vllm.log"
+    with serving(folder, vllm, log=log, model="tiny", arguments=FLOAT32) as found:
         yield found
 
 
@@ -60,7 +63,9 @@ def model(folder: Path) -> torch.nn.Module:
 
 def test_it_says_what_it_serves(served: Server) -> None:
     assert (served.model, served.max_length) == ("tiny", 64)
-    assert "--generation-config vllm" in served.log.read_text()  # type: ignore[union-attr]
+    command = served.log.read_text().splitlines()[0]  # type: ignore[union-attr]
+    assert "--generation-config vllm" in command
+    assert re.search(r"--dtype float32 --host 127\.0\.0\.1 --port \d+$", command)
 
 
 def test_scores_are_the_models_own(served: Server, model: torch.nn.Module) -> None:
@@ -173,6 +178,66 @@ def test_one_that_dies_while_it_is_asked(
     log = tmp_path / "vllm.log"
     with serving(folder, vllm, log=log) as found, pytest.raises(UserError, match=r"no longer answers .*out of memory"):
         client.score(found, PROMPTS)
+    # What the real one does: requests that wait are answered before it goes.
+    monkeypatch.setenv("FAKE_VLLM", "fails")
+    with (
+        serving(folder, vllm, log=log, hint="set less") as found,
+        pytest.raises(UserError, match=r"vLLM failed at .*HTTP 500: EngineCore encountered .*memory.*, or set less;"),
+    ):
+        client.score(found, PROMPTS[:1])
+
+
+def test_what_the_user_keeps_for_servers_of_his_own_is_not_asked_for(
+    folder: Path, vllm: Vllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key in the environment; and a number that JSON has not is no refusal."""
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    monkeypatch.setenv("FAKE_VLLM", "overflows")
+    with (
+        serving(folder, vllm, log=tmp_path / "vllm.log") as found,
+        pytest.raises(UserError, match=r"NaN or infinite: .*overflow in this dtype"),
+    ):
+        client.score(found, PROMPTS)
+
+
+def test_memory_that_lacks_is_known_by_its_words(
+    folder: Path, vllm: Vllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_VLLM", "full")
+    log = tmp_path / "vllm.log"
+    for arguments, said in (((), "max seq len"), (("--max-model-len", "auto"), "Cannot auto-fit")):
+        lacking = pytest.raises(UserError, match=rf"does not suffice: ValueError: .*{said}.*--max-model-len 4096")
+        with lacking, serving(folder, vllm, log=log, arguments=arguments):
+            pass
+
+
+def test_an_answer_that_is_cut_is_an_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text("the command\nkilled\n")
+
+    def cut(*words: object, **options: object) -> object:
+        raise http.client.IncompleteRead(b"")
+
+    monkeypatch.setattr(client._opener, "open", cut)
+    assert not client.is_healthy("http://127.0.0.1:1")
+    with pytest.raises(RuntimeError, match=r"no longer answers \(IncompleteRead.*: killed\nall of its log is"):
+        client.describe("http://127.0.0.1:1", log)
+
+
+def test_a_guard_that_cannot_start_leaves_nothing_running(
+    folder: Path, vllm: Vllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def fail(process: subprocess.Popen[bytes]) -> None:
+        started.append(process)
+        raise OSError("no more processes")
+
+    monkeypatch.setenv("FAKE_VLLM", "dies")
+    monkeypatch.setattr(server, "_guard", fail)
+    with pytest.raises(OSError, match="no more"), serving(folder, vllm, log=tmp_path / "vllm.log"):
+        pass
+    assert started[0].poll() is not None
 
 
 def test_the_cause_of_a_cause_is_told(tmp_path: Path) -> None:
@@ -193,10 +258,34 @@ def test_the_share_of_memory_is_what_is_free(tmp_path: Path, monkeypatch: pytest
     def says(text: str) -> list[str]:
         fake.write_text(f"#!/bin/sh\necho '{text}'\n")
         fake.chmod(0o755)
-        return server._memory_share()
+        return gpu.memory_share(tmp_path)
 
     assert says("143000, 143771") == ["--gpu-memory-utilization", "0.900"]
-    assert says("71885, 143771") == ["--gpu-memory-utilization", "0.472"]
+    assert says("71885, 143771") == ["--gpu-memory-utilization", "0.471"]
+    (tmp_path / "config.json").write_text('{"text_config": {"vocab_size": 262144}}')
+    assert says("71885, 143771") == ["--gpu-memory-utilization", "0.459"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
+    assert says("71885, 143771") == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert says("No devices were found") == []
     with pytest.raises(UserError, match=r"4\.9 of 140\.4 GiB free"):
         says("5000, 143771")
+
+
+def test_the_gpu_is_the_first_that_is_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / "nvidia-smi"
+    whole = "GPU 0: A100 (UUID: GPU-a1)\n  MIG 1g.5gb Device 0: (UUID: MIG-m0)\nGPU 1: H100 (UUID: GPU-b2)"
+    table = "A100, 8.0, 40960, 580.1\nH100, 9.0, 81559, 580.1"
+    fake.write_text(f"#!/bin/sh\nif [ \"$1\" = -L ]; then echo '{whole}'; else echo '{table}'; fi\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    chosen = {
+        "1": "H100", "GPU-b2,0": "H100", "GPU-b": "H100", "MIG-m0": "A100", "MIG-GPU-b2/1/0": "H100", "7": None,
+        "": None, "-1": None,
+    }  # fmt: skip
+    assert gpu.find_gpu() is not None
+    for named, name in chosen.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+        found = gpu.find_gpu()
+        assert (found.name if found else None) == name, named

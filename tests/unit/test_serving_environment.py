@@ -10,7 +10,7 @@ import pytest
 from fake_vllm import make_environment
 
 from quantize.errors import UserError
-from quantize.serving import environment
+from quantize.serving import environment, gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -111,6 +111,9 @@ def test_a_setup_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         environment.install(tmp_path / "made")
     assert (tmp_path / "made" / "made-by-ongrid.txt").read_text() == "before"
     assert not (tmp_path / "made.replaced").exists()
+    Path(python).write_text("#!/bin/sh\necho 'ensurepip is not available'; exit 1\n")  # on stdout, as venv does
+    with pytest.raises(UserError, match=r"could not make an environment in .*: ensurepip is not available"):
+        environment.install(tmp_path / "made")
 
 
 def test_another_python_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +128,49 @@ def test_another_python_is_looked_for(tmp_path: Path, monkeypatch: pytest.Monkey
     python = _python(tmp_path / "python3.12", "true")
     assert environment.find_python() == python
     monkeypatch.setattr(sys, "version_info", (3, 12, 3))
+    assert environment.find_python() == python  # this one cannot make an environment
+    _python(Path(sys.executable), "true")
     assert environment.find_python() == sys.executable
+    Path(python).write_text("#!/bin/sh\nexit 1\n")
+    Path(sys.executable).write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(UserError, match=r"bin/python cannot make an environment \(venv\), and .*apt-get"):
+        environment.find_python()
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "#!{python}\nimport vllm\n",
+        "#!/usr/bin/env python3\n",
+        "#!/bin/sh\n'''exec' \"{python}\" \"$0\" \"$@\"\n' '''\n",
+    ],
+)
+def test_the_interpreter_is_the_one_that_the_script_names(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tool's link, and a system's Python whose programs lie elsewhere."""
+    folder = make_environment(tmp_path / "env")
+    python = folder / "bin" / "python3"
+    python.touch(0o755)
+    monkeypatch.setenv("PATH", str(python.parent))
+    (tmp_path / "local" / "bin").mkdir(parents=True)
+    vllm = tmp_path / "local" / "bin" / "vllm"
+    vllm.write_text(script.format(python=python))
+    vllm.chmod(0o755)
+    found = environment.find_vllm(tmp_path / "local")
+    assert (found.python, found.version) == (python, "0.23.0")
+    assert found.environment()["PATH"].split(os.pathsep)[:2] == [str(python.parent), str(vllm.parent)]
+
+
+def test_the_driver_must_run_its_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = environment.find_vllm(make_environment(tmp_path / "13", further=("nvidia-cuda-runtime==13.0.96",)))
+    gpu.check_driver(found, "580.95.05")
+    gpu.check_driver(environment.find_vllm(make_environment(tmp_path / "unknown")), "470.1")
+    with pytest.raises(UserError, match=r"driver is 575\.57, and .* CUDA 13, which needs 580 or newer"):
+        gpu.check_driver(found, "575.57")
+    monkeypatch.setenv("VLLM_ENABLE_CUDA_COMPATIBILITY", "1")
+    gpu.check_driver(found, "575.57")
+    assert environment.lock_pins()["nvidia-cuda-runtime"].startswith("13.")
 
 
 def test_the_lock_is_one() -> None:

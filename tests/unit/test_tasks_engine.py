@@ -16,19 +16,21 @@ import pytest
 from fake_vllm import make_environment
 
 from quantize.compare_findings import arithmetic
+from quantize.doctor.machine import Gpu
 from quantize.errors import UserError
 from quantize.evidence import _how_run
 from quantize.finish import _check_engine
 from quantize.folder_eval.models import Asked, Plan, _with_engine
 from quantize.folder_eval.sources import Model
 from quantize.folder_eval.study import evaluate
-from quantize.folder_eval.work import _stored_rows
+from quantize.folder_eval.work import _stored_rows, measure
 from quantize.jobs import Jobs
 from quantize.run_report import _task_settings, _versions
 from quantize.schemes import SCHEMES
 from quantize.serving import engine
 from quantize.tasks import Row, save_rows
 from train.config_loading import load_config
+from train.evaluations import Evaluations
 from train.inputs import missing_inputs
 from train.plan import estimate
 from train.stage_log import Format
@@ -37,6 +39,7 @@ from train.stages import Stages
 TASKS = "--eval.tasks=examples/tasks/choices.yaml"
 VLLM = "--eval.engine=vllm"
 FOUND = {"name": "vllm", "version": "0.23.0", "packages": {"vllm": "0.23.0", "torchao": "0.18.0"}}
+T4 = Gpu("T4", "7.5", 16.0, "580.95.05")
 
 
 @pytest.fixture
@@ -138,11 +141,81 @@ def test_what_ships_must_run_here_and_in_vllm_before_anything_is_trained(here: P
         UserError, match=r"what ships cannot be run here: this machine lacks a CUDA GPU; set eval\.engine"
     ):
         Stages._engine(missing)  # type: ignore[arg-type]
-    runs = SimpleNamespace(config=config, format=Format(scheme, target, 32, (), ()))
+    runs = SimpleNamespace(config=config, format=Format(scheme, target, 32, (), ()), plain_dtype="bfloat16")
     assert Stages._engine(runs) == FOUND  # type: ignore[arg-type]
     _check_engine(_jobs(FOUND), scheme, target)
     with pytest.raises(UserError, match="vLLM does not run int8 for cpu"):  # a run that is finished for that
         _check_engine(_jobs(FOUND), SCHEMES["int8"], SCHEMES["int8"].targets["cpu"])
+
+
+def test_a_gpu_that_is_too_old_is_refused_before_anything_is_trained(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config("tiny.yaml", (VLLM, TASKS, "--qat=int8", "--quantize.target=cuda"))
+    form = Format(SCHEMES["int8"], SCHEMES["int8"].targets["cuda"], None, (), ())
+    run = SimpleNamespace(config=config, format=form, plain_dtype="float16")
+    monkeypatch.setattr(engine, "find_gpu", lambda: T4)
+    assert Stages._engine(run) == FOUND  # type: ignore[arg-type]
+    run.plain_dtype = "bfloat16"
+    with pytest.raises(
+        UserError, match=r"16-bit models compute in bfloat16 .* 8\.0 or newer, and T4 has 7\.5; run the"
+    ):
+        Stages._engine(run)  # type: ignore[arg-type]
+    monkeypatch.setattr(engine, "find_gpu", lambda: replace(T4, name="V100", capability="7.0"))
+    run.plain_dtype = "float16"
+    with pytest.raises(UserError, match=r"what ships is int8 for cuda, which needs .* V100 has 7\.0.*transformers"):
+        Stages._engine(run)  # type: ignore[arg-type]
+
+
+def test_a_driver_that_is_too_old_is_said_before_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_environment(tmp_path / "env", further=("nvidia-cuda-runtime==13.0.96",))
+    monkeypatch.setenv("ONGRID_VLLM", str(made))
+    monkeypatch.setattr(engine, "has_nvidia_driver", lambda: True)
+    monkeypatch.setattr(engine, "find_gpu", lambda: replace(T4, driver="570.86.10"))
+    with pytest.raises(UserError, match=r"^eval\.engine=vllm: the NVIDIA driver is 570\.86\.10, .* needs 580 or newer"):
+        engine.find_engine("vllm")
+    monkeypatch.setattr(engine, "find_gpu", lambda: T4)
+    assert engine.find_engine("vllm") == FOUND
+
+
+def test_tasks_that_end_a_run_say_how_it_goes_on(tmp_path: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise UserError("no memory")
+
+    directory = SimpleNamespace(path=tmp_path, resume_command="train --resume X")
+    run = SimpleNamespace(
+        task_key="key", jobs=_jobs(FOUND), stages=SimpleNamespace(directory=directory),
+        log=SimpleNamespace(jobs=fail, run=lambda name, key, work, makes: work()),
+    )  # fmt: skip
+    with pytest.raises(UserError) as found:
+        Evaluations._benchmark(run, {"name": "tuned", "may_overflow": False}, "key")  # type: ignore[arg-type]
+    assert list(found.value.lines) == ["no memory", "what there is so far is kept; continue with: train --resume X"]
+
+
+def test_eval_refuses_every_model_that_vllm_would_before_one_is_measured(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = []
+    for name, beside in (("one", "pytorch_model.bin"), ("two", "model.safetensors")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "qwen3"}')
+        (tmp_path / name / beside).write_bytes((2).to_bytes(8, "little") + b"{}")
+        models.append(Model(id=name, name=name, folder=tmp_path / name, dtype="bfloat16", computes_in="bfloat16"))
+    plan = Plan(
+        title="x", model=replace(models[0], id="model"), references=models[1:], data=tmp_path / "none", samples=1,
+        output=tmp_path, engine=FOUND,
+    )  # fmt: skip
+    with pytest.raises(UserError) as found:
+        measure(plan, None, tmp_path)
+    one, two = found.value.lines
+    assert one.startswith(f"eval.engine=vllm: {tmp_path / 'one'} has no model.safetensors")
+    assert two.startswith(f"eval.engine=vllm: {tmp_path / 'two'} has no tokenizer")
+    (tmp_path / "two" / "tokenizer.json").write_text("{}")
+    engine.check_folders(FOUND, {tmp_path / "two": "bfloat16"})
+    monkeypatch.setattr(engine, "find_gpu", lambda: T4)
+    engine.check_folders(FOUND, {tmp_path / "two": "float16"})
+    with pytest.raises(UserError, match=r"T4 has 7\.5"):
+        engine.check_folders(FOUND, {tmp_path / "two": "bfloat16"})
 
 
 def test_eval_pairs_nothing_with_results_of_a_run_in_the_other_engine(here: Path, tmp_path: Path) -> None:

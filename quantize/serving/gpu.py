@@ -1,0 +1,152 @@
+"""The GPU that vLLM will take: the first that CUDA_VISIBLE_DEVICES leaves, and how much of its memory is free.
+
+Numbers in that variable count as nvidia-smi does, as vLLM is started with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize.doctor import machine
+from quantize.errors import UserError
+from quantize.files import read_mapping
+
+if TYPE_CHECKING:
+    from quantize.serving.check import Served
+    from quantize.serving.environment import Vllm
+
+_SHARE = 0.9
+SCORED_TOKENS = 2048
+"""Tokens that the engine computes at a time."""
+_KEPT_GIB = 1.75
+"""GPU memory that the engine leaves alone, beside what scored prompts need: it takes its share at the start."""
+_VOCABULARY = 150_000
+"""Where config.json names none."""
+
+
+def visible() -> str | None:
+    """The first of CUDA_VISIBLE_DEVICES: a number, or a name ("GPU-...", "MIG-..."); "" = it hides all, None = it is
+    not set."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return None
+    first = named.split(",")[0].strip()
+    return "" if first.startswith("-") else first
+
+
+def find_gpu() -> machine.Gpu | None:
+    """The GPU that vLLM will take; None = there is none, or it is hidden. A part of one (MIG) is described by its
+    whole."""
+    first, found = visible(), machine.find_gpus()
+    if not found or first == "":
+        return None
+    if first is None:
+        return found[0]
+    if first.isdigit():
+        return found[int(first)] if int(first) < len(found) else None
+    number = _number_of(first)
+    return found[number] if number is not None and number < len(found) else found[0]
+
+
+def _number_of(name: str) -> int | None:
+    """The number of a GPU by its name, or by that of a part of it; nvidia-smi lists the parts below their whole."""
+    # Older drivers name a part MIG-GPU-<whole>/<instance>/<instance>.
+    wanted = name.removeprefix("MIG-").partition("/")[0] if name.startswith("MIG-GPU-") else name
+    number = -1
+    for line in _ask("-L").splitlines():
+        number += line.startswith("GPU ")
+        if f"UUID: {wanted}" in line:
+            return number
+    return None
+
+
+def _ask(*words: str) -> str:
+    """What nvidia-smi says; nothing where there is none, or it fails."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return ""
+    try:
+        done = subprocess.run([command, *words], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def look_at_gpu(served: Served, vllm: Vllm | None = None) -> None:
+    """Whether this machine's GPU has what a folder needs, and its driver what vLLM's environment needs.
+
+    Raises:
+        UserError: it has not, or there is no GPU.
+    """
+    from quantize.serving.check import check_gpu
+
+    gpu = find_gpu()
+    if gpu is None:
+        if visible() is not None and machine.find_gpus():
+            why = f"; CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} leaves none of this machine's"
+        else:
+            why = "; an NVIDIA driver is loaded, but nvidia-smi lists no GPU" if machine.has_driver() else ""
+        raise UserError(
+            f"vLLM needs an NVIDIA GPU, and this machine has none{why}; print the command for another machine with: "
+            f"quantize serve {served.folder} --dry-run"
+        )
+    check_gpu(served, gpu.capability, gpu.name)
+    if vllm is not None:
+        check_driver(vllm, gpu.driver)
+
+
+def check_driver(vllm: Vllm, driver: str) -> None:
+    """Whether the driver is new enough for the CUDA of vLLM's environment.
+
+    Args:
+        driver: its version, as "580.95.05".
+
+    Raises:
+        UserError: it is older, and NVIDIA's compatibility package is not in use.
+    """
+    needed, major = vllm.driver, driver.partition(".")[0]
+    if os.environ.get("VLLM_ENABLE_CUDA_COMPATIBILITY", "0") != "0" or "compat" in os.environ.get(
+        "LD_LIBRARY_PATH", ""
+    ):
+        return
+    if needed is not None and major.isdigit() and int(major) < needed:
+        raise UserError(
+            f"the NVIDIA driver is {driver}, and {vllm.executable} is built for CUDA {vllm.cuda}, which needs "
+            f"{needed} or newer: update the driver"
+        )
+
+
+def memory_share(folder: Path) -> list[str]:
+    """The option for the share of the GPU that is free now, as another process may hold some; nothing where nvidia-smi
+    tells none, or a part of a GPU is taken (MIG), whose memory it does not tell.
+
+    Raises:
+        UserError: hardly any is free.
+    """
+    first = visible()
+    if first is not None and first.startswith("MIG-"):
+        return []
+    said = _ask("--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits", "-i", first or "0")
+    try:
+        free, total = (float(part) / 1024 for part in said.splitlines()[0].split(","))
+    except (ValueError, IndexError):
+        return []
+    # The logits of scored prompts come on top of what the engine counts, in float32, twice.
+    kept = _KEPT_GIB + SCORED_TOKENS * _vocabulary(folder) * 4 * 2 / 2**30
+    share = min(_SHARE, (free - kept) / total)
+    if share < 0.05:
+        raise UserError(
+            f"the GPU has {free:.1f} of {total:.1f} GiB free, too little for vLLM; end what holds the rest: nvidia-smi"
+        )
+    return ["--gpu-memory-utilization", f"{share:.3f}"]
+
+
+def _vocabulary(folder: Path) -> int:
+    path = folder / "config.json"
+    settings: dict[str, Any] = read_mapping(path) if path.is_file() else {}
+    found = settings.get("vocab_size") or (settings.get("text_config") or {}).get("vocab_size")
+    return found if isinstance(found, int) else _VOCABULARY
