@@ -363,9 +363,11 @@ def main() -> int:
     if mode == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     worker = subprocess.Popen(["sleep", "600"])  # of the same process group, as the engine's workers are
-    print(
-        f"(APIServer pid={os.getpid()}) INFO 06-01 12:00:00 [utils.py:1] started, with worker {worker.pid}", flush=True
+    set_up = (
+        f"second runner {os.environ.get('VLLM_USE_V2_MODEL_RUNNER')}, GPUs by {os.environ.get('CUDA_DEVICE_ORDER')}"
     )
+    prefix = f"(APIServer pid={os.getpid()}) INFO 06-01 12:00:00 [utils.py:1]"
+    print(f"{prefix} {set_up}; started, with worker {worker.pid}", flush=True)
     Handler.engine, Handler.keys = Engine(options), options.api_key
     if mode is None:
         Handler.engine.load(options)

@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
     """Refuses what can be seen without an engine; then this process becomes vLLM's, unless something else is asked."""
     from quantize.serving.check import check_folder
     from quantize.serving.environment import find_vllm
-    from quantize.serving.gpu import look_at_gpu
+    from quantize.serving.gpu import by_numbers, look_at_gpu
 
     if options.setup:
         _set_up(options.env)
@@ -104,7 +104,9 @@ def run(options: argparse.Namespace) -> None:
     else:
         print(f"{folder} as {name} at http://{options.host}:{options.port}/v1, vLLM {vllm.version}", file=sys.stderr)
         sys.stderr.flush()
-        os.execve(vllm.executable, command, vllm.environment())  # signals and the exit code are vLLM's own
+        os.execve(
+            vllm.executable, command, vllm.environment() | by_numbers()
+        )  # signals and the exit code are vLLM's own
 
 
 def _refuse_odd(options: argparse.Namespace) -> None:

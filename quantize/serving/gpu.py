@@ -39,29 +39,41 @@ def visible() -> str | None:
 
 
 def find_gpu() -> machine.Gpu | None:
-    """The GPU that vLLM will take; None = there is none, or it is hidden. A part of one (MIG) is described by its
-    whole."""
+    """The GPU that vLLM will take; None = there is none, or CUDA_VISIBLE_DEVICES leaves none."""
     first, found = visible(), machine.find_gpus()
     if not found or first == "":
         return None
     if first is None:
         return found[0]
-    if first.isdigit():
-        return found[int(first)] if int(first) < len(found) else None
     number = _number_of(first)
-    return found[number] if number is not None and number < len(found) else found[0]
+    return found[number] if number is not None and number < len(found) else None
 
 
 def _number_of(name: str) -> int | None:
-    """The number of a GPU by its name, or by that of a part of it; nvidia-smi lists the parts below their whole."""
-    # Older drivers name a part MIG-GPU-<whole>/<instance>/<instance>.
-    wanted = name.removeprefix("MIG-").partition("/")[0] if name.startswith("MIG-GPU-") else name
-    number = -1
-    for line in _ask("-L").splitlines():
-        number += line.startswith("GPU ")
-        if f"UUID: {wanted}" in line:
-            return number
-    return None
+    """The number of a GPU by an entry of CUDA_VISIBLE_DEVICES: the number itself, or the beginning of its name."""
+    if name.isdigit():
+        return int(name)
+    whole = [line for line in _ask("-L").splitlines() if line.startswith("GPU ")]  # parts of one (MIG) are indented
+    return next((number for number, line in enumerate(whole) if f"UUID: {name}" in line), None)
+
+
+def by_numbers() -> dict[str, str]:
+    """CUDA_VISIBLE_DEVICES as vLLM can read it, for its environment: of a name it says that it is no number.
+
+    Raises:
+        UserError: a name is none of a whole GPU of this machine.
+    """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    words = [word.strip() for word in named.split(",")]
+    if not visible() or all(word.isdigit() for word in words):
+        return {}
+    numbers = [_number_of(word) for word in words]
+    if None in numbers:
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES={named}: vLLM takes numbers of GPUs there, and {words[numbers.index(None)]} is the "
+            "name of none that nvidia-smi -L lists (a part of one, MIG, has no number of its own): give numbers"
+        )
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, numbers)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 def _ask(*words: str) -> str:
@@ -86,6 +98,7 @@ def look_at_gpu(served: Served, vllm: Vllm | None = None) -> None:
 
     gpu = find_gpu()
     if gpu is None:
+        by_numbers()
         if visible() is not None and machine.find_gpus():
             why = f"; CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} leaves none of this machine's"
         else:
@@ -122,15 +135,13 @@ def check_driver(vllm: Vllm, driver: str) -> None:
 
 def memory_share(folder: Path) -> list[str]:
     """The option for the share of the GPU that is free now, as another process may hold some; nothing where nvidia-smi
-    tells none, or a part of a GPU is taken (MIG), whose memory it does not tell.
+    tells none.
 
     Raises:
         UserError: hardly any is free.
     """
-    first = visible()
-    if first is not None and first.startswith("MIG-"):
-        return []
-    said = _ask("--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits", "-i", first or "0")
+    number = _number_of(visible() or "0")
+    said = _ask("--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits", "-i", str(number))
     try:
         free, total = (float(part) / 1024 for part in said.splitlines()[0].split(","))
     except (ValueError, IndexError):

@@ -20,7 +20,7 @@ from types import FrameType
 from quantize.errors import UserError
 from quantize.serving import client
 from quantize.serving.environment import Vllm
-from quantize.serving.gpu import SCORED_TOKENS, memory_share
+from quantize.serving.gpu import SCORED_TOKENS, by_numbers, memory_share
 
 START_SECONDS = 1800.0
 """A large model is read, compiled and captured before the first answer; a cold disk is the slowest of it."""
@@ -105,7 +105,8 @@ def serving(
         "--port", str(port),
     ]  # fmt: skip
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {name: value for name, value in vllm.environment().items() if name != _KEY} | _SETTINGS
+    environment = {name: value for name, value in vllm.environment().items() if name != _KEY}
+    environment |= by_numbers() | _SETTINGS
     with _terminable():
         with log.open("w", encoding="utf-8") as stream:
             stream.write(f"{shlex.join(command)}\n")

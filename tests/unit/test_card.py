@@ -109,7 +109,7 @@ def test_fp8_is_served_by_vllm_and_not_by_a_phone(tmp_path: Path) -> None:
     metrics = quickstart_metrics() | {"scheme": "fp8", "target": "cuda-sm89", "dtype": "bfloat16"}
     metrics["train_ship_gap"] = 0.00123
     card = card_of(make_run(tmp_path / "run", metrics), "me/fp8")
-    assert "pip install vllm==0.23.0 torchao==0.18.0\nvllm serve me/fp8" in card
+    assert "pip install vllm==0.23.0 torchao==0.18.0\nvllm serve me/fp8 --dtype float32\n" in card
     assert 'device_map="cuda"' in card and "a CUDA GPU of compute capability 8.9 or newer" in card
     assert "Not for fp8: ExecuTorch's XNNPACK" in card
     assert "trained function minus shipped function: +0.00123 nats per answer token" in card

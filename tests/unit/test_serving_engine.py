@@ -63,7 +63,8 @@ def model(folder: Path) -> torch.nn.Module:
 
 def test_it_says_what_it_serves(served: Server) -> None:
     assert (served.model, served.max_length) == ("tiny", 64)
-    command = served.log.read_text().splitlines()[0]  # type: ignore[union-attr]
+    command, started = served.log.read_text().splitlines()[:2]  # type: ignore[union-attr]
+    assert "second runner 0, GPUs by PCI_BUS_ID" in started
     assert "--generation-config vllm" in command
     assert re.search(r"--dtype float32 --host 127\.0\.0\.1 --port \d+$", command)
 
@@ -264,9 +265,6 @@ def test_the_share_of_memory_is_what_is_free(tmp_path: Path, monkeypatch: pytest
     assert says("71885, 143771") == ["--gpu-memory-utilization", "0.471"]
     (tmp_path / "config.json").write_text('{"text_config": {"vocab_size": 262144}}')
     assert says("71885, 143771") == ["--gpu-memory-utilization", "0.459"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
-    assert says("71885, 143771") == []
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert says("No devices were found") == []
     with pytest.raises(UserError, match=r"4\.9 of 140\.4 GiB free"):
         says("5000, 143771")
@@ -281,7 +279,7 @@ def test_the_gpu_is_the_first_that_is_visible(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     chosen = {
-        "1": "H100", "GPU-b2,0": "H100", "GPU-b": "H100", "MIG-m0": "A100", "MIG-GPU-b2/1/0": "H100", "7": None,
+        "1": "H100", "GPU-b2,0": "H100", "GPU-b": "H100", "MIG-m0": None, "7": None,
         "": None, "-1": None,
     }  # fmt: skip
     assert gpu.find_gpu() is not None
@@ -289,3 +287,15 @@ def test_the_gpu_is_the_first_that_is_visible(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
         found = gpu.find_gpu()
         assert (found.name if found else None) == name, named
+    numbers = {
+        "0,1": {},
+        "": {},
+        "-1": {},
+        "GPU-b2, 0": {"CUDA_VISIBLE_DEVICES": "1,0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
+    }
+    for named, expected in numbers.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+        assert gpu.by_numbers() == expected
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,MIG-m0")
+    with pytest.raises(UserError, match=r"MIG-m0 is the name of none that nvidia-smi -L lists .*: give numbers"):
+        gpu.by_numbers()
