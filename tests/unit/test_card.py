@@ -101,7 +101,7 @@ def test_without_control_rows_are_left_out_with_the_reason(tmp_path: Path) -> No
 
 def test_a_layout_that_vllm_is_not_for_says_why(tmp_path: Path) -> None:
     card = card_of(make_run(tmp_path / "run", quickstart_metrics()))
-    assert "No command is given: int8-int4 for cpu: it is for phones and CPUs: it has no kernel there" in card
+    assert "No command is given: int8-int4 for cpu: it is for phones and CPUs: vLLM has no kernel for it" in card
     assert "For vLLM convert the 16-bit weights to int4 (cuda-sm80), int8 (cuda), int8-int8 (cuda) or fp8" in card
 
 

@@ -232,7 +232,7 @@ def test_what_the_user_takes_is_let_through(tmp_path: Path) -> None:
     ("scheme", "target", "instead"),
     [
         ("int8-int4", "cpu", "for phones and CPUs.*--scheme int4 --target cuda-sm80"),
-        ("int4", "cuda", "16 bit would be restored.*--scheme int4 --target cuda-sm80"),
+        ("int4", "cuda", "no kernel for it.*--scheme int4 --target cuda-sm80"),
         ("int8", "cpu", "for CPUs.*--scheme int8 --target cuda "),
         ("fp8-int4", "cuda-sm90-mslk", "was never loaded there"),
         ("mxfp8", "cpu", "was never loaded there"),
