@@ -131,14 +131,19 @@ class _Child:
             errors = [each for each in log.splitlines() if "Error" in each]
             line["failed"] = (errors or log.splitlines() or ["it said nothing"])[-1][-300:]
             print(log[-4000:], file=sys.stderr)
-        for key, pattern in (
-            ("weights_gib", r"Model loading took ([\d.]+) GiB"),
-            ("kv_tokens", r"GPU KV cache size: ([\d,]+) tokens"),
-            ("attention", r"Using (\S+) attention backend"),
+        for key, read, pattern in (
+            ("weights_gib", float, r"Model loading took ([\d.]+) GiB"),
+            ("kv_tokens", _count, r"GPU KV cache size: ([\d,]+) tokens"),
+            ("attention", str, r"Using (\S+) attention backend"),
         ):
             found = re.search(pattern, log)
-            line[key] = None if found is None else found[1]
+            line[key] = None if found is None else read(found[1])
         return line
+
+
+def _count(text: str) -> int:
+    """Of `812,176`."""
+    return int(text.replace(",", ""))
 
 
 def _measure(options: argparse.Namespace) -> int:

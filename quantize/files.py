@@ -82,3 +82,27 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path} cannot be read: it holds no mapping")
     return found
+
+
+def weight_files(folder: Path, stem: str = "model") -> list[Path]:
+    """The files of a checkpoint's weights: `stem`.safetensors, or those that its index names; none where none are.
+
+    Raises:
+        UserError: the index cannot be read, or names a file that is not there.
+    """
+    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        return []
+    named = read_mapping(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise UserError(f"{index} cannot be read: it has no weight_map")
+    files = [folder / name for name in sorted(set(named.values()))]
+    gone = [path.name for path in files if not path.is_file()]
+    if gone:
+        raise UserError(
+            f"{folder} lacks {len(gone)} of the {len(files)} files that {index.name} names, the first is {gone[0]}; "
+            "copy or download the whole folder"
+        )
+    return files

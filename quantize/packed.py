@@ -19,9 +19,9 @@ import torch
 from torch.nn import functional
 
 from quantize.errors import UserError
-from quantize.files import read_mapping
+from quantize.files import read_mapping, weight_files
 from quantize.storage import replacing, write_weights
-from quantize.tensor_files import Place, read_folder, weight_files
+from quantize.tensor_files import Place, read_folder
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import UserError
-from quantize.files import is_neither, read_mapping
+from quantize.files import is_neither, read_mapping, weight_files
 
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 
@@ -43,7 +43,7 @@ def check_source(folder: Path, *, trust_remote_code: bool = False) -> None:
     Raises:
         UserError: what is wrong with it, and what to do.
     """
-    from quantize.tensor_files import read_folder, weight_files
+    from quantize.tensor_files import read_folder
 
     if not (folder / "config.json").is_file():
         adapter = " (an adapter: merge it into its model first)" if (folder / "adapter_config.json").is_file() else ""

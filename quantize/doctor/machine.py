@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.doctor.findings import Finding, look, tilde
+from quantize.hardware import has_nvidia_driver
 
 _GIB = 2**30
 _QUERY = ("name", "compute_cap", "memory.total", "driver_version")
@@ -68,11 +69,6 @@ def find_gpus() -> list[Gpu]:
         name, capability, memory, driver = parts
         found.append(Gpu(name, capability, float(memory) / 1024 if memory.replace(".", "").isdigit() else 0.0, driver))
     return found
-
-
-def has_driver() -> bool:
-    """Whether an NVIDIA driver is loaded, whatever its tools say."""
-    return Path("/dev/nvidiactl").exists() or Path("/proc/driver/nvidia/version").exists()
 
 
 def _system() -> Iterator[Finding]:
@@ -155,7 +151,7 @@ def _gpus(gpus: list[Gpu]) -> Iterator[Finding]:
         yield Finding("GPU", "fact", text)
     if gpus:
         yield from _compiler()
-    elif has_driver():
+    elif has_nvidia_driver():
         yield Finding("GPU", "broken", "an NVIDIA driver is loaded, but nvidia-smi lists no GPU", "nvidia-smi")
     else:
         yield Finding("GPU", "fact", "none, or no NVIDIA driver: everything runs on the processor")

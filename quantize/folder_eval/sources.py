@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import UserError
-from quantize.files import read_mapping
+from quantize.files import read_mapping, weight_files
 
 MODEL, REFERENCE = "model", "reference"
 """Keys of what is evaluated, and of what it is compared with."""
@@ -51,7 +51,6 @@ def check_model(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
     """
     from quantize.packed import is_packed
     from quantize.sources import check_source, refuse_other_models
-    from quantize.tensor_files import weight_files
 
     path = folder / "config.json"
     settings = read_mapping(path) if path.is_file() else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,13 +21,9 @@ from quantize.sources import is_known
 
 _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("tekken.json",))
 """Files of which one line must be there."""
-_OLDEST = (7, 5)
-"""Compute capability that vLLM wants for any of torchao's formats."""
 
 _NOT_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4", "plamo2")
 """Kinds of models that vLLM refuses in float16 (vllm/config/model.py)."""
-_BFLOAT16 = (8, 0)
-"""Compute capability from which vLLM computes in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -273,46 +268,3 @@ def _instead(folder: Path, scheme: Scheme, target: Target) -> str:
         f"Convert the 16-bit weights: quantize convert {named} --scheme {chosen[0].name} --target {chosen[1].name} "
         f"--output NEW; a run that is trained for it has --qat {chosen[0].name}"
     )
-
-
-def check_gpu(served: Served, capability: str | None, gpu: str) -> None:
-    """Whether the GPU has what the format needs.
-
-    Args:
-        capability: compute capability, as "9.0"; None = not known.
-
-    Raises:
-        UserError: it is older.
-    """
-    if not re.fullmatch(r"\d+\.\d+", capability or "") or served.target is None or served.scheme is None:
-        return
-    assert capability is not None
-    here, needed = _parts(capability), _needed(served.target)
-    what = f"{served.folder} is {served.scheme.name} for {served.target.name}"
-    if here < needed:
-        able = [
-            f"{scheme.name} for {target.name}"
-            for scheme, target in served_formats()
-            if "mslk" not in target.needs and here >= _needed(target)
-        ]
-        raise UserError(
-            f"{what}, which needs compute capability {'.'.join(map(str, needed))} or newer, and {gpu} has "
-            f"{capability}: serve it on a newer GPU"
-            + (f", or convert the 16-bit weights to {' or '.join(able)}" if able else "")
-        )
-    if here < _BFLOAT16 and served.dtype == "bfloat16":
-        raise UserError(
-            f"{what} in bfloat16, which vLLM computes in from compute capability {'.'.join(map(str, _BFLOAT16))} on, "
-            f"and {gpu} has {capability}: serve it on a newer GPU, or convert the 16-bit weights again with "
-            "--dtype float16"
-        )
-
-
-def _needed(target: Target) -> tuple[int, ...]:
-    """The compute capability that a format needs in vLLM."""
-    asked = (need.partition(">=") for need in target.needs)
-    return max(_OLDEST, *(_parts(version) for name, _, version in asked if name == "cuda"))
-
-
-def _parts(capability: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in capability.split("."))

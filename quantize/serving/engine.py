@@ -10,16 +10,15 @@ from quantize.errors import UserError
 from quantize.hardware import has_nvidia_driver
 from quantize.schemes import Scheme, Target
 from quantize.serving.environment import Vllm, find_vllm
-from quantize.serving.gpu import check_driver, find_gpu
+from quantize.serving.gpu import BFLOAT16, capability_of, check_driver, check_gpu, find_gpu, refuse_old
 
 if TYPE_CHECKING:
     from quantize.doctor.machine import Gpu
 
 _DECIDES = ("vllm", "torch", "torchao")
 """Packages of vLLM's environment that decide what a model answers."""
-_ASKED = "eval.engine=vllm"
-_BFLOAT16 = 8
-"""Major compute capability from which on vLLM takes an unquantised model in bfloat16 (vllm/platforms/cuda.py)."""
+ASKED = "eval.engine=vllm"
+INSTEAD = "run the tasks with eval.engine=transformers"
 
 
 def find_engine(name: str) -> dict[str, Any] | None:
@@ -39,9 +38,9 @@ def find_engine(name: str) -> dict[str, Any] | None:
             check_driver(vllm, gpu.driver)
     except UserError as error:
         # A run has no option that names an environment.
-        lines += [f"eval.engine=vllm: {line.replace('--env FOLDER or ', '')}" for line in error.lines]
+        lines += [f"{ASKED}: {line.replace('--env FOLDER or ', '')}" for line in error.lines]
     if not has_nvidia_driver():
-        lines.append("eval.engine=vllm: it needs an NVIDIA GPU, and no driver was found; use eval.engine=transformers")
+        lines.append(f"{ASKED}: it needs an NVIDIA GPU, and no driver was found; {INSTEAD}")
     if lines:
         raise UserError(*lines)
     return found
@@ -68,7 +67,7 @@ def find_same(engine: Mapping[str, Any]) -> Vllm:
     if describe(found) != dict(engine):
         here, there = (", ".join(map(" ".join, each["packages"].items())) for each in (describe(found), engine))
         raise UserError(
-            f"eval.engine=vllm: {found.executable} ({found.found}) holds {here}, and the other arms' tasks ran with "
+            f"{ASKED}: {found.executable} ({found.found}) holds {here}, and the other arms' tasks ran with "
             f"{there}: results of the two make no pairs; name that environment in $ONGRID_VLLM"
         )
     return found
@@ -86,7 +85,7 @@ def check_folders(
     Raises:
         UserError: what it would refuse, of all of them, a line each.
     """
-    from quantize.serving.check import check_folder, check_gpu
+    from quantize.serving.check import check_folder
 
     vllm, gpu = find_same(engine), find_gpu()
     lines: list[str] = []
@@ -94,10 +93,10 @@ def check_folders(
         try:
             served = check_folder(folder, vllm, chat=False, trust_remote_code=trust_remote_code)
             if gpu is not None:
-                check_gpu(served, gpu.capability, gpu.name)
+                check_gpu(served, gpu)
                 refuse_dtype(dtype, gpu)
         except UserError as error:
-            lines += (line if line.startswith(_ASKED) else f"{_ASKED}: {line}" for line in error.lines)
+            lines += (line if line.startswith(ASKED) else f"{ASKED}: {line}" for line in error.lines)
     if lines:
         raise UserError(*dict.fromkeys(lines))
 
@@ -109,8 +108,6 @@ def refuse_gpu(shipped: tuple[Scheme, Target] | None, dtype: str) -> None:
         shipped: format; None = nothing is quantised.
         dtype: what the 16-bit models compute in.
     """
-    from quantize.serving.check import Served, check_gpu
-
     gpu = find_gpu()
     if gpu is None:
         return
@@ -118,20 +115,18 @@ def refuse_gpu(shipped: tuple[Scheme, Target] | None, dtype: str) -> None:
     if shipped is None:
         return
     try:
-        check_gpu(Served(Path("what ships"), "", (), *shipped, chats=False), gpu.capability, gpu.name)
+        refuse_old(gpu, "what ships", *shipped, dtype="")  # refuse_dtype has looked at that
     except UserError as error:
-        raise UserError(
-            *(f"{_ASKED}: {line}; or run the tasks with eval.engine=transformers" for line in error.lines)
-        ) from error
+        raise UserError(*(f"{ASKED}: {line}; or {INSTEAD}" for line in error.lines)) from error
 
 
 def refuse_dtype(dtype: str | None, gpu: Gpu) -> None:
     """Raises UserError where vLLM takes no unquantised model in that dtype on that GPU."""
-    major = gpu.capability.partition(".")[0]
-    if dtype == "bfloat16" and major.isdigit() and int(major) < _BFLOAT16:
+    here = capability_of(gpu)
+    if dtype == "bfloat16" and here is not None and here < BFLOAT16:
         raise UserError(
-            f"{_ASKED}: the 16-bit models compute in bfloat16 here, for which vLLM wants compute capability "
-            f"{_BFLOAT16}.0 or newer, and {gpu.name} has {gpu.capability}; run the tasks with eval.engine=transformers"
+            f"{ASKED}: the 16-bit models compute in bfloat16 here, for which vLLM wants compute capability "
+            f"{'.'.join(map(str, BFLOAT16))} or newer, and {gpu.name} has {gpu.capability}; {INSTEAD}"
         )
 
 
@@ -142,7 +137,4 @@ def refuse_unserved(scheme: Scheme, targets: Sequence[Target]) -> None:
         names = " or ".join(target.name for target in targets)
         others = [target.name for target in scheme.targets.values() if not target.vllm]
         hint = f"set quantize.target={' or '.join(others)}, or " if others else ""
-        raise UserError(
-            f"eval.engine=vllm: vLLM does not run {scheme.name} for {names} ({'; '.join(reasons)}); {hint}run the "
-            "tasks with eval.engine=transformers"
-        )
+        raise UserError(f"{ASKED}: vLLM does not run {scheme.name} for {names} ({'; '.join(reasons)}); {hint}{INSTEAD}")

@@ -6,6 +6,7 @@ Numbers in that variable count as nvidia-smi does, as vLLM is started with CUDA_
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,11 +15,17 @@ from typing import TYPE_CHECKING, Any
 from quantize.doctor import machine
 from quantize.errors import UserError
 from quantize.files import read_mapping
+from quantize.hardware import has_nvidia_driver
 
 if TYPE_CHECKING:
+    from quantize.schemes import Scheme, Target
     from quantize.serving.check import Served
     from quantize.serving.environment import Vllm
 
+_OLDEST = (7, 5)
+"""Compute capability that vLLM wants for any of torchao's formats."""
+BFLOAT16 = (8, 0)
+"""Compute capability from which vLLM computes in bfloat16."""
 _SHARE = 0.9
 SCORED_TOKENS = 2048
 """Tokens that the engine computes at a time."""
@@ -94,22 +101,72 @@ def look_at_gpu(served: Served, vllm: Vllm | None = None) -> None:
     Raises:
         UserError: it has not, or there is no GPU.
     """
-    from quantize.serving.check import check_gpu
-
     gpu = find_gpu()
     if gpu is None:
         by_numbers()
         if visible() is not None and machine.find_gpus():
             why = f"; CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} leaves none of this machine's"
         else:
-            why = "; an NVIDIA driver is loaded, but nvidia-smi lists no GPU" if machine.has_driver() else ""
+            why = "; an NVIDIA driver is loaded, but nvidia-smi lists no GPU" if has_nvidia_driver() else ""
         raise UserError(
             f"vLLM needs an NVIDIA GPU, and this machine has none{why}; print the command for another machine with: "
             f"quantize serve {served.folder} --dry-run"
         )
-    check_gpu(served, gpu.capability, gpu.name)
+    check_gpu(served, gpu)
     if vllm is not None:
         check_driver(vllm, gpu.driver)
+
+
+def check_gpu(served: Served, gpu: machine.Gpu) -> None:
+    """Raises UserError where a GPU is older than a folder's format needs, as far as both are known."""
+    if served.scheme is not None and served.target is not None:
+        refuse_old(gpu, str(served.folder), served.scheme, served.target, served.dtype)
+
+
+def refuse_old(gpu: machine.Gpu, what: str, scheme: Scheme, target: Target, dtype: str) -> None:
+    """Raises UserError where a GPU has not what a format needs.
+
+    Args:
+        what: is in that format, in words. dtype: what it computes in; "" = not known.
+    """
+    from quantize.schemes import served_formats
+
+    here = capability_of(gpu)
+    if here is None:
+        return
+    needed, what = _needed(target), f"{what} is {scheme.name} for {target.name}"
+    if here < needed:
+        able = [
+            f"{other.name} for {place.name}"
+            for other, place in served_formats()
+            if "mslk" not in place.needs and here >= _needed(place)
+        ]
+        raise UserError(
+            f"{what}, which needs compute capability {'.'.join(map(str, needed))} or newer, and {gpu.name} has "
+            f"{gpu.capability}: serve it on a newer GPU"
+            + (f", or convert the 16-bit weights to {' or '.join(able)}" if able else "")
+        )
+    if here < BFLOAT16 and dtype == "bfloat16":
+        raise UserError(
+            f"{what} in bfloat16, which vLLM computes in from compute capability {'.'.join(map(str, BFLOAT16))} on, "
+            f"and {gpu.name} has {gpu.capability}: serve it on a newer GPU, or convert the 16-bit weights again with "
+            "--dtype float16"
+        )
+
+
+def capability_of(gpu: machine.Gpu) -> tuple[int, ...] | None:
+    """Compute capability, as (9, 0); None where nvidia-smi does not know it."""
+    return _parts(gpu.capability) if re.fullmatch(r"\d+\.\d+", gpu.capability) else None
+
+
+def _needed(target: Target) -> tuple[int, ...]:
+    """The compute capability that a format needs in vLLM."""
+    asked = (need.partition(">=") for need in target.needs)
+    return max(_OLDEST, *(_parts(version) for name, _, version in asked if name == "cuda"))
+
+
+def _parts(capability: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in capability.split("."))
 
 
 def check_driver(vllm: Vllm, driver: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import UserError
-from quantize.files import read_mapping
+from quantize.files import weight_files
 from quantize.names import fused_names
 
 _TABLES = re.compile(r"embed|^(wte|wpe|lm_head|output_projection)$")
@@ -70,21 +70,13 @@ def read_weights(folder: Path) -> dict[str, Weight]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """As `quantize.tensor_files.weight_files`, which needs torch for what it does with them."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if not index.is_file():
+    found = weight_files(folder)
+    if not found:
         raise UserError(
-            f"{folder} has no model.safetensors, nor an index of several: give the whole folder of a checkpoint; "
-            "pickled weights (.bin, .pt) are not served here"
+            f"{folder} has no model.safetensors, nor an index that names several: give the whole folder of a "
+            "checkpoint; pickled weights (.bin, .pt) are not served here"
         )
-    names = sorted(set((read_mapping(index).get("weight_map") or {}).values()))
-    gone = [name for name in names if not (folder / name).is_file()]
-    if gone or not names:
-        what = f"lacks {len(gone)} of the {len(names)} files that {index.name} names, the first is {gone[0]}"
-        raise UserError(f"{folder} {what if gone else 'has an index that names no file'}; copy the whole folder")
-    return [folder / name for name in names]
+    return found
 
 
 def _header(path: Path) -> dict[str, Any]:

@@ -28,8 +28,8 @@ from lm_eval.models.utils import (
 from quantize.errors import UserError
 from quantize.files import read_mapping
 from quantize.serving import client
-from quantize.serving.engine import find_same
-from quantize.serving.gpu import find_gpu
+from quantize.serving.engine import ASKED, INSTEAD, find_same
+from quantize.serving.gpu import check_gpu, find_gpu
 from quantize.serving.server import Server, serving
 from quantize.task_checks import SERVER_RESERVES, context_length
 
@@ -37,8 +37,6 @@ _AT_ONCE = 1024
 """Requests whose answers are held at a time: each has three numbers for every token of the prompt."""
 _CLAMPED = -9999.0
 """What vLLM says in place of a log-probability of minus infinity, which JSON does not have."""
-_HINT = "run the tasks with eval.engine=transformers"
-"""What a run can do, beside ending what else holds the GPU's memory: it has no setting for the server's context."""
 _SERVED = ".served."
 _NEUTRAL: dict[str, Any] = {
     "bad_words_ids": [], "begin_suppress_tokens": [], "constraints": [], "exponential_decay_length_penalty": None,
@@ -119,7 +117,7 @@ class ServedLM(HFLM):
         """lm-eval's own model has these as assertions; a run was refused by `check_runnable` before."""
         if tokens > self._max_length:
             raise UserError(
-                f"eval.engine=vllm: an answer takes {tokens} tokens, and this model's context has {self._max_length}; "
+                f"{ASKED}: an answer takes {tokens} tokens, and this model's context has {self._max_length}; "
                 "leave that task out, or take a model with a longer context"
             )
 
@@ -127,9 +125,9 @@ class ServedLM(HFLM):
         """A server that has memory for less than the model's context must not cut what transformers would not."""
         if tokens > self.server.max_length:
             raise UserError(
-                f"eval.engine=vllm: a request has {tokens} tokens, and vLLM serves this model with "
+                f"{ASKED}: a request has {tokens} tokens, and vLLM serves this model with "
                 f"{self.server.max_length} (its GPU memory or the model's config allows no more): end what else holds "
-                f"it (nvidia-smi), or {_HINT}"
+                f"it (nvidia-smi), or {INSTEAD}"
             )
 
 
@@ -161,9 +159,9 @@ def refuse_decoding(folder: Path, *, trust_remote_code: bool = False) -> None:
     odd = [f"{name}: {value}" for name, value in asked.items() if value not in (None, _NEUTRAL[name])]
     if odd:
         raise UserError(
-            f"eval.engine=vllm: {folder}: its generation settings have {', '.join(odd)}, which is not asked of vLLM: "
-            "a task that lets the model write would have other answers than in transformers; run the tasks with "
-            "eval.engine=transformers, or take that out of generation_config.json"
+            f"{ASKED}: {folder}: its generation settings have {', '.join(odd)}, which is not asked of vLLM: "
+            "a task that lets the model write would have other answers than in transformers; "
+            f"{INSTEAD}, or take that out of generation_config.json"
         )
 
 
@@ -190,7 +188,7 @@ def served_lm(
     Raises:
         UserError: vLLM is another one than the job asks for, cannot load the checkpoint, or lacks memory.
     """
-    from quantize.serving.check import check_folder, check_gpu
+    from quantize.serving.check import check_folder
 
     vllm, trust = find_same(job["engine"]), bool(job.get("trust_remote_code"))
     model, rows = Path(job["model"]), Path(job["task_rows"])
@@ -198,13 +196,13 @@ def served_lm(
     with _checkpoint(job, rows, convert) as folder:
         checked = check_folder(folder, vllm, chat=False, trust_remote_code=trust)
         if (gpu := find_gpu()) is not None:
-            check_gpu(checked, gpu.capability, gpu.name)
+            check_gpu(checked, gpu)
         _free_memory()
         # As much of the model's context as memory allows; a request that is longer is refused.
         arguments = [*checked.arguments, "--max-model-len", "auto"]
         quantised = read_mapping(folder / "config.json").get("quantization_config")  # by a known format or not
         arguments += ["--dtype", job["dtype"]] if job.get("dtype") and not quantised else []
-        with serving(folder, vllm, log=rows.with_suffix(".vllm.log"), arguments=arguments, hint=_HINT) as server:
+        with serving(folder, vllm, log=rows.with_suffix(".vllm.log"), arguments=arguments, hint=INSTEAD) as server:
             yield ServedLM(server, tokenizer, context, greedy_decoding(model, trust_remote_code=trust))
 
 

@@ -59,7 +59,7 @@ def imagined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Examine:
     """`examine` with faked packages, GPUs and answers, as findings by section and name."""
     monkeypatch.setattr(packages, "asked", lambda extra=None: (f"{extra}==1",) if extra else NEEDS)
     monkeypatch.setattr(abilities.metadata, "requires", lambda name: ["torchvision", "xformers", "triton", "peft"])
-    monkeypatch.setattr(machine, "has_driver", lambda: False)
+    monkeypatch.setattr(machine, "has_nvidia_driver", lambda: False)
     monkeypatch.setattr(environment.shutil, "which", lambda name: None)
     monkeypatch.setattr(environment, "made_folder", lambda: tmp_path / "none")
     monkeypatch.delenv("ONGRID_VLLM", raising=False)

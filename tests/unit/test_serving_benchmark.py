@@ -49,7 +49,7 @@ def run(tmp_path: Path, *names: str) -> tuple[int, list[dict[str, object]]]:
 def test_what_is_read_of_the_engine_and_the_ratios(tmp_path: Path) -> None:
     code, (first, second, third) = run(tmp_path, "0.2", "0.1", "0.4")
     assert code == 0
-    assert (first["weights_gib"], first["kv_tokens"], first["attention"]) == ("1.25", "12,345", "FLASH_ATTN")
+    assert (first["weights_gib"], first["kv_tokens"], first["attention"]) == (1.25, 12345, "FLASH_ATTN")
     assert (first["kernels"], first["gpu_ms_a_step"]) == ({"product": 0.5}, 0.5)  # 4 ms over eight steps
     ratios = second["x"]
     assert ratios == {"latency_s batch 1": 2.0, "latency_s batch 2": 2.0, "throughput tokens/s": 2.0}

@@ -14,11 +14,13 @@ import pytest
 from fake_vllm import make_environment
 from tiny_models import save_plain, tiny_model
 
+from quantize.doctor.machine import Gpu
 from quantize.errors import UserError
 from quantize.schemes import SCHEMES, find_scheme, served_formats
 from quantize.serving import layout, reading
-from quantize.serving.check import check_folder, check_gpu
+from quantize.serving.check import check_folder
 from quantize.serving.environment import Vllm, find_vllm
+from quantize.serving.gpu import check_gpu
 
 LINEAR = (
     *(f"self_attn.{part}_proj" for part in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
@@ -307,22 +309,21 @@ def test_another_torchao_is_asked_itself(tmp_path: Path) -> None:
 
 def test_an_older_gpu_is_told_what_it_can(tmp_path: Path) -> None:
     fp8 = check_folder(make(tmp_path / "fp8", record={"scheme": "fp8", "target": "cuda-sm89"}))
-    check_gpu(fp8, "8.9", "L4")
-    check_gpu(fp8, None, "?")
+    check_gpu(fp8, Gpu("L4", "8.9", 16.0, "580.95"))
     with pytest.raises(
         UserError, match=r"needs compute capability 8\.9 or newer, and A100 has 8\.0: .* int4 for cuda-sm80"
     ):
-        check_gpu(fp8, "8.0", "A100")
+        check_gpu(fp8, Gpu("A100", "8.0", 16.0, "580.95"))
     int8 = check_folder(make(tmp_path / "int8", record={"scheme": "int8", "target": "cuda"}))
     with pytest.raises(UserError, match=r"needs compute capability 7\.5 or newer"):
-        check_gpu(int8, "7.0", "V100")
+        check_gpu(int8, Gpu("V100", "7.0", 16.0, "580.95"))
     with pytest.raises(
         UserError, match=r"in bfloat16, .* from compute capability 8\.0 on, and T4 has 7\.5: .*float16$"
     ):
-        check_gpu(int8, "7.5", "T4")
-    check_gpu(replace(int8, dtype="float16"), "7.5", "T4")
-    check_gpu(int8, "8.0", "A100")
-    check_gpu(int8, "[N/A]", "?")
+        check_gpu(int8, Gpu("T4", "7.5", 16.0, "580.95"))
+    check_gpu(replace(int8, dtype="float16"), Gpu("T4", "7.5", 16.0, "580.95"))
+    check_gpu(int8, Gpu("A100", "8.0", 16.0, "580.95"))
+    check_gpu(int8, Gpu("?", "[N/A]", 16.0, "580.95"))
     with pytest.raises(UserError, match=r"serve it on a newer GPU$"):
-        check_gpu(fp8, "6.1", "P40")
-    check_gpu(replace(fp8, scheme=None, target=None), "6.1", "P40")
+        check_gpu(fp8, Gpu("P40", "6.1", 16.0, "580.95"))
+    check_gpu(replace(fp8, scheme=None, target=None), Gpu("P40", "6.1", 16.0, "580.95"))
