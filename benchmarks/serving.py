@@ -10,6 +10,13 @@ short run is profiled: `kernels` are the ones that took most of the GPU's time i
 at batch 1.
 
     python benchmarks/serving.py --folders bf16=MODEL int4=RUN/quantized --vllm PATH/bin/python   # checkpoints of yours
+
+What stands after `--` is vLLM's, as in `quantize serve`. With `--together` all engines are loaded at once and measured
+one after the other, which saves minutes of a rented GPU; each then needs a share of its memory, and the KV cache that
+fits is not what vLLM's defaults leave:
+
+    python benchmarks/serving.py --formats bf16 int8 --together -- --gpu-memory-utilization 0.3 \\
+        --kv-cache-memory-bytes 20G
 """
 
 from __future__ import annotations
@@ -24,13 +31,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from step_time import SHAPES
 
-_GO = "go\n"
+_GO, _READY = "go\n", "ready\n"
 _STEPS = 8  # of decoding that are profiled
 
 
@@ -50,8 +58,12 @@ def main() -> int:
     parser.add_argument("--vllm", default=sys.executable, help="the Python that has vLLM (default: this one)")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="where the checkpoints go")
     parser.add_argument("--out", type=Path, help="append the results here, one JSON line each")
+    parser.add_argument("--together", action="store_true", help="load all before the first is measured")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    options = parser.parse_args(words[:end])
+    options.further = words[end + 1 :]
     if options.child:
         return _measure(options)
     with tempfile.TemporaryDirectory(dir=options.scratch, prefix="serving-") as place:
@@ -65,8 +77,15 @@ def main() -> int:
 def _report(options: argparse.Namespace, children: dict[str, _Child], folders: dict[str, Path]) -> int:
     base: dict[str, Any] = {}
     complete = True
+    if options.together:
+        for name, child in children.items():
+            child.load(folders[name], options.further)
+        for child in children.values():
+            child.wait()
     for name, child in children.items():
-        line = child.serve(folders[name])
+        if not options.together:
+            child.load(folders[name], options.further)
+        line = child.measure()
         complete &= "failed" not in line
         base = base or line
         for key in ("latency_s", "throughput"):
@@ -111,7 +130,7 @@ class _Child:
     """vLLM's process for one format: it imports at once, and loads and measures when its turn comes."""
 
     def __init__(self, name: str, place: Path, options: argparse.Namespace) -> None:
-        self.name, self.log = name, place / f"{name}.log"
+        self.name, self.log, self.said = name, place / f"{name}.log", ""
         command = [options.vllm, str(Path(__file__).resolve()), "--child", name]
         for key in ("input", "output", "repeats", "prompts", "limit"):
             command += [f"--{key}", str(getattr(options, key))]
@@ -121,9 +140,28 @@ class _Child:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
             )
 
-    def serve(self, folder: Path) -> dict[str, Any]:
+    def load(self, folder: Path, further: Sequence[str]) -> None:
+        """Names the folder, with what the format needs of vLLM, as `quantize serve` gives it."""
+        self._say(json.dumps([str(folder), *_needed(folder), *further]) + "\n")
+
+    def wait(self) -> None:
+        """Until it is loaded, or has died."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line == _READY:
+                return
+            self.said += line
+
+    def _say(self, line: str) -> None:
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # it has died, and its log says why
+            self.process.stdin.write(line)
+            self.process.stdin.flush()
+
+    def measure(self) -> dict[str, Any]:
         """What it measured; {failed: why} where it died."""
-        said, _ = self.process.communicate(f"{folder}\n{_GO}")
+        self._say(_GO)
+        said = self.said + self.process.communicate()[0]
         lines = [line.removeprefix("RESULT ") for line in said.splitlines() if line.startswith("RESULT ")]
         log = self.log.read_text(encoding="utf-8", errors="replace") + said
         line: dict[str, Any] = {"format": self.name, **(json.loads(lines[-1]) if lines else {})}
@@ -141,6 +179,17 @@ class _Child:
         return line
 
 
+def _needed(folder: Path) -> tuple[str, ...]:
+    """The options of vLLM without which it does not run a checkpoint's format."""
+    from quantize.files import read_mapping
+    from quantize.serving.check import find_format, needed_arguments
+    from quantize.serving.layout import read_weights
+
+    settings = read_mapping(folder / "config.json")
+    target = find_format(folder, read_weights(folder))[1] if settings.get("quantization_config") else None
+    return needed_arguments(settings, target)
+
+
 def _count(text: str) -> int:
     """Of `812,176`."""
     return int(text.replace(",", ""))
@@ -151,19 +200,24 @@ def _measure(options: argparse.Namespace) -> int:
     import numpy as np
     import vllm
     from vllm import LLM, SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    folder = sys.stdin.readline().strip()
-    assert sys.stdin.readline() == _GO
+    asked = json.loads(sys.stdin.readline())
     began = time.perf_counter()
     profiles = tempfile.mkdtemp()
-    llm = LLM(
-        folder, skip_tokenizer_init=True, enable_prefix_caching=False,
-        profiler_config={
-            "profiler": "torch", "torch_profiler_dir": profiles, "torch_profiler_with_stack": False,
-            "ignore_frontend": True, "delay_iterations": 2, "max_iterations": _STEPS,  # the prompt is not profiled
-        },
-    )  # fmt: skip
-    line: dict[str, Any] = {"vllm": vllm.__version__, "start_s": round(time.perf_counter() - began, 1)}
+    profiler = {
+        "profiler": "torch", "torch_profiler_dir": profiles, "torch_profiler_with_stack": False,
+        "ignore_frontend": True, "delay_iterations": 2, "max_iterations": _STEPS,  # the prompt is not profiled
+    }  # fmt: skip
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    options_of_vllm = ["--skip-tokenizer-init", "--no-enable-prefix-caching", "--profiler-config", json.dumps(profiler)]
+    read = parser.parse_args(["--model", asked[0], *options_of_vllm, *asked[1:]])
+    llm = LLM.from_engine_args(EngineArgs.from_cli_args(read))
+    start = round(time.perf_counter() - began, 1)
+    print(_READY, end="", flush=True)
+    assert sys.stdin.readline() == _GO
+    line: dict[str, Any] = {"vllm": vllm.__version__, "start_s": start}
     draw = np.random.default_rng(0)
 
     def generate(requests: int, tokens: int) -> float:

@@ -55,6 +55,8 @@ class Target:
     """None = not measured."""
     vllm: str = "it was never loaded there"
     """Why vLLM is not for this layout; empty = it loads the checkpoint as it is."""
+    vllm_arguments: tuple[str, ...] = ()
+    """Options of `vllm serve` without which it does not run this layout."""
     served: ServedSpeed | None = None
     """How fast vLLM serves it; None = not measured."""
     note: str = ""

@@ -20,6 +20,12 @@ INTX_GROUPS = (32, 64, 128, 256)
 _PHONES = "it is for phones and CPUs: vLLM has no kernel for it, and would restore 16 bit for every product"
 _RESTORED = "vLLM has no kernel for it, and would restore 16 bit for every product"
 FOR_CPUS = "it is for CPUs, and vLLM serves on GPUs, in the layout of the target cuda"
+OVER_16_ROWS = (
+    "--cudagraph-capture-sizes",
+    *map(str, (24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)),
+)
+"""torch's integer product takes more than 16 rows at a time. vLLM fills a batch up to the next size that it has a CUDA
+graph of, so none of them is to be smaller; by itself it begins with 1 and does not start."""
 
 
 def numbers_of(module: str, name: str) -> Callable[[], Numbers]:

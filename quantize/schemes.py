@@ -15,6 +15,7 @@ from quantize.formats import Scheme, Target
 from quantize.layouts import (
     FOR_CPUS,
     INTX_GROUPS,
+    OVER_16_ROWS,
     fp8,
     fp8_int4,
     int4,
@@ -169,7 +170,7 @@ _ALL = (
                 vllm=FOR_CPUS,
                 note="torch's int8 kernel saturates on x86 without VNNI: other numbers there than were trained",
             ),
-            int8_int8("cuda", needs=("cuda>=7.5",), vllm=""),
+            int8_int8("cuda", needs=("cuda>=7.5",), vllm="", vllm_arguments=OVER_16_ROWS),
         ),
         group_size=None,
     ),

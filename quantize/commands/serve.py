@@ -205,9 +205,9 @@ def _check(served: Served, vllm: Vllm, options: argparse.Namespace) -> None:
     )  # fmt: skip
     found = compare(served, vllm, asked, log)
     print("\n".join(describe(found)))
-    log.unlink()
     if found.fault:
-        raise RuntimeError(found.fault)
+        raise RuntimeError(f"{found.fault}\nall of its log is {log}")
+    log.unlink()
 
 
 def _log(served: Served) -> Path:

@@ -96,7 +96,7 @@ def _vllm(release: Release) -> Iterator[Block]:
         yield Paragraph(f"No command is given: {why}. For vLLM convert the 16-bit weights to {formats}.")
         return
     assert release.place is not None, "which layout this is is recorded"
-    needed = needed_arguments(release.settings, trust_remote_code=release.own_code)
+    needed = needed_arguments(release.settings, release.place, trust_remote_code=release.own_code)
     packages = " ".join([*_served_by(), *_kernels(release)])
     yield Code(f"pip install {packages}\n{shlex.join(['vllm', 'serve', release.name, *needed])}")
     yield Paragraph(

@@ -88,22 +88,29 @@ def check_folder(
         faults += _dtype_faults(folder, settings)
     if faults:
         raise UserError(*faults)
-    arguments = needed_arguments(settings, trust_remote_code=trust_remote_code)
+    arguments = needed_arguments(settings, target, trust_remote_code=trust_remote_code)
     chats = _has_template(folder)
     return Served(folder, name or folder.resolve().name, arguments, scheme, target, chats, _dtype(settings))
 
 
-def needed_arguments(settings: Mapping[str, Any], *, trust_remote_code: bool = False) -> tuple[str, ...]:
+def needed_arguments(
+    settings: Mapping[str, Any], target: Target | None, *, trust_remote_code: bool = False
+) -> tuple[str, ...]:
     """The options of `vllm serve` that a checkpoint needs.
 
     Args:
         settings: its config.json.
+        target: of its format; None = it is not quantised, or by a format that is not known here.
         trust_remote_code: its own code is to run.
     """
     # A quantised one's scales are of its dtype, and cannot be loaded into another: vLLM's "auto" makes bfloat16 of
     # float32, and float16 of bfloat16 on an older GPU.
     dtype = _dtype(settings) if settings.get("quantization_config") else ""
-    return (*(("--trust-remote-code",) if trust_remote_code else ()), *(("--dtype", dtype) if dtype else ()))
+    return (
+        *(("--trust-remote-code",) if trust_remote_code else ()),
+        *(("--dtype", dtype) if dtype else ()),
+        *(() if target is None else target.vllm_arguments),
+    )
 
 
 def _dtype(settings: Mapping[str, Any]) -> str:

@@ -46,7 +46,13 @@ def test_the_first_difference_has_its_margin() -> None:
 
 def test_another_model_is_a_fault() -> None:
     found = _compared(PLAIN, scores(1.2), completions(), 3)
-    assert found.fault is not None and "+0.2000 nats a token" in found.fault
+    assert found.fault is not None and "+0.2000 [+0.2000, +0.2000] nats a token" in found.fault
+
+
+def test_a_difference_that_so_few_samples_do_not_show_is_no_fault() -> None:
+    some = [*scores(2.2)[:1], *scores(1.0)[:7]]
+    found = _compared(PLAIN, some, completions(), 3)
+    assert found.gap.value > 0.1 and found.gap.low < 0.05 and found.fault is None
 
 
 def test_a_last_bit_is_no_fault_whatever_it_makes() -> None:

@@ -106,7 +106,8 @@ def test_vllm_finds_what_convert_quantised_and_nothing_else(
     )  # fmt: skip
     found = check_folder(folder)
     assert (found.scheme, found.target, found.chats) == (scheme, scheme.targets[target], True)
-    assert found.arguments == ("--dtype", "bfloat16") and found.name == "converted"
+    assert found.arguments == ("--dtype", "bfloat16", *scheme.targets[target].vllm_arguments)
+    assert found.name == "converted"
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
     taken = layout.is_taken("model.layers.1.self_attn.qkv_proj", settings)
     assert taken == ("q_proj" not in skip)
