@@ -11,9 +11,9 @@ at batch 1.
 
     python benchmarks/serving.py --folders bf16=MODEL int4=RUN/quantized --vllm PATH/bin/python   # checkpoints of yours
 
-What stands after `--` is vLLM's, as in `quantize serve`. With `--together` all engines are loaded at once and measured
-one after the other, which saves minutes of a rented GPU; each then needs a share of its memory, and the KV cache that
-fits is not what vLLM's defaults leave:
+Options of vLLM may follow a folder (`"fp8=RUN/quantized --enforce-eager"`); those of all stand after `--`. With
+`--together` all engines are loaded at once and measured one after the other, which saves minutes of a rented GPU; each
+then needs a share of its memory, and the KV cache that fits is not what vLLM's defaults leave:
 
     python benchmarks/serving.py --formats bf16 int8 --together -- --gpu-memory-utilization 0.3 \\
         --kv-cache-memory-bytes 20G
@@ -26,12 +26,13 @@ import gzip
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -67,24 +68,25 @@ def main() -> int:
     if options.child:
         return _measure(options)
     with tempfile.TemporaryDirectory(dir=options.scratch, prefix="serving-") as place:
-        asked = dict(each.split("=", 1) for each in options.folders)
+        asked = {name: shlex.split(words) for name, words in (each.split("=", 1) for each in options.folders)}
         names = list(asked) or options.formats
         children = {name: _Child(name, Path(place), options) for name in names}  # all import while folders are made
-        folders = {name: Path(folder) for name, folder in asked.items()} or _make(options, Path(place))
-        return _report(options, children, folders)
+        made = {} if asked else _make(options, Path(place))
+        loads = asked or {name: [str(made[name])] for name in names}
+        return _report(options, children, loads)
 
 
-def _report(options: argparse.Namespace, children: dict[str, _Child], folders: dict[str, Path]) -> int:
+def _report(options: argparse.Namespace, children: dict[str, _Child], loads: dict[str, list[str]]) -> int:
     base: dict[str, Any] = {}
     complete = True
     if options.together:
         for name, child in children.items():
-            child.load(folders[name], options.further)
+            child.load(*loads[name], *options.further)
         for child in children.values():
             child.wait()
     for name, child in children.items():
         if not options.together:
-            child.load(folders[name], options.further)
+            child.load(*loads[name], *options.further)
         line = child.measure()
         complete &= "failed" not in line
         base = base or line
@@ -140,9 +142,9 @@ class _Child:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
             )
 
-    def load(self, folder: Path, further: Sequence[str]) -> None:
-        """Names the folder, with what the format needs of vLLM, as `quantize serve` gives it."""
-        self._say(json.dumps([str(folder), *_needed(folder), *further]) + "\n")
+    def load(self, folder: str, *options: str) -> None:
+        """Names the folder, with what its format needs of vLLM, as `quantize serve` gives it, and further options."""
+        self._say(json.dumps([folder, *_needed(Path(folder)), *options]) + "\n")
 
     def wait(self) -> None:
         """Until it is loaded, or has died."""

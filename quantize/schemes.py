@@ -186,6 +186,7 @@ _ALL = (
                 "TORCH",
                 needs=("cuda>=8.9",),
                 vllm="",
+                served=ServedSpeed(latency=((1, 1.06), (256, 1.28)), weights=0.63),
                 speed=on_gpu(1.14, 1.13, 1.12, 1.13, None, prefill=1.52),
             ),
             # Faster, with numbers of its own.

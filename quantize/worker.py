@@ -19,6 +19,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+from quantize import surroundings
 from quantize.errors import UserError
 from quantize.imports import uncollected
 from quantize.ready import ENDED, ReadyProcess, progress_stream, serve
@@ -54,7 +55,7 @@ def run_jobs(
     request.parent.mkdir(parents=True, exist_ok=True)
     request.write_text(json.dumps(list(jobs), indent=1), encoding="utf-8")
     answer.unlink(missing_ok=True)
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+    environment = {**surroundings.variables(), "PYTHONUNBUFFERED": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
     project = str(Path(__file__).resolve().parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [project, str(packages or ""), environment.get("PYTHONPATH")])

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize import surroundings
 from quantize.errors import UserError
 from train.events import Event, Sink
 from train.result import Report, RunResult
@@ -87,6 +88,7 @@ def _run_in(
 
     refuse_finished(directory.path)
     with (
+        surroundings.kept(),
         nullcontext(ready) if ready is not None else ReadyProcess() as forks,
         directory.lock(),
         open_sinks(config, directory, sinks) as events,

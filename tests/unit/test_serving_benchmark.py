@@ -66,11 +66,11 @@ def run(tmp_path: Path, *names: str, further: Sequence[str] = ()) -> tuple[int, 
         path = tmp_path / "packages" / "vllm" / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    for name in names:
+    for name in (each.split()[0] for each in names):
         (tmp_path / name).mkdir(exist_ok=True)
         if not (tmp_path / name / "config.json").exists():
             (tmp_path / name / "config.json").write_text('{"dtype": "bfloat16"}')
-    folders = [f"{name}={tmp_path / name}" for name in names]
+    folders = [f"{name.split()[0]}={tmp_path / name}" for name in names]
     options = ["--input", "4", "--output", "8", "--batches", "1", "2", "--prompts", "3", "--repeats", "2"]
     options += ["--scratch", str(tmp_path), "--limit", "0.3", *further]
     paths = os.pathsep.join([str(tmp_path / "packages"), str(SCRIPT.parents[1])])
@@ -109,9 +109,9 @@ def test_together_all_load_before_one_is_measured_each_with_what_its_format_need
     (tmp_path / "0.1" / "ongrid.json").write_text(json.dumps({"scheme": "int8-int8", "target": "cuda"}))
     save_file({"weight": torch.zeros(1)}, tmp_path / "0.1" / "model.safetensors")
     further = ("--together", "--", "--kv-cache-memory-bytes", "2G")
-    code, (first, second), notes = run(tmp_path, "0.2", "0.1", further=further)
+    code, (first, second), notes = run(tmp_path, "0.2 --dtype float16", "0.1", further=further)
     assert code == 0
     assert (first["kv_tokens"], second["weights_gib"]) == (12345, 1.25)
     sizes = find_scheme("int8-int8").find_target("cuda").vllm_arguments[1:]
-    assert sorted(notes[:2]) == [f"0.1 loads bfloat16 [{', '.join(sizes)}] 2G", "0.2 loads None None 2G"]
+    assert sorted(notes[:2]) == [f"0.1 loads bfloat16 [{', '.join(sizes)}] 2G", "0.2 loads float16 None 2G"]
     assert notes[2:] == ["0.2 is done", "0.1 is done"]
