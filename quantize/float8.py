@@ -13,6 +13,10 @@ from quantize.integers import nearest_symmetric, restore_symmetric
 from quantize.numerics import Numbers, Quantised, grouped_by, span_symmetric
 
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
+FP8_LEAST = 2.0**-40
+"""The smallest largest magnitude of a token that its scale is made for: torchao's `activation_value_lb`. Without one a
+token whose input is all zero, as padding's is where its embedding is, becomes 0 / 0, and NaN spreads to its neighbours
+through attention. A power of two, which bf16 holds."""
 
 
 @torch.no_grad()
@@ -22,11 +26,10 @@ def quantise_fp8(
     scale_dtype: torch.dtype = torch.float32,
     factor: Tensor | None = None,
 ) -> Quantised:
-    """float8_e4m3fn with one fp32 scale per row (weights) or token (activations): `max|x| / 448`.
+    """float8_e4m3fn with one fp32 scale per row: `max|x| / 448`.
 
     Args:
-        weight: (..., I). A row of zeros stays zero, where torchao divides 0 by 0; so its layer gives NaN for a token
-            whose input is all zero, and this does not.
+        weight: (..., I). A row of zeros stays zero, where torchao divides 0 by 0.
         group_size: not read: one scale a row. scale_dtype: not read: float32 in every checkpoint.
         factor: (O, 1) multiplies the scale.
     """
@@ -50,9 +53,17 @@ def restore_fp8(quantised: Quantised, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
+def quantise_fp8_token(values: Tensor) -> Quantised:
+    """Activations (..., I) in float8 with one scale per token: `max(max|x|, FP8_LEAST) / 448`."""
+    largest = values.abs().amax(dim=-1, keepdim=True).clamp(min=FP8_LEAST)
+    scale = (largest / FP8_MAX).to(torch.float32)
+    return Quantised(nearest_fp8(values, Quantised(values, scale)), scale)
+
+
+@torch.no_grad()
 def fp8_per_row(values: Tensor) -> Tensor:
     """Round trip through float8 with one scale per token, (..., I)."""
-    return restore_fp8(quantise_fp8(values), values.dtype)
+    return restore_fp8(quantise_fp8_token(values), values.dtype)
 
 
 def linear_fp8(inputs: Quantised, weight: Quantised, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -193,7 +204,7 @@ FP8 = Numbers(
     restore=restore_fp8,
     span=partial(span_symmetric, low=-FP8_MAX, high=FP8_MAX),
     activation=fp8_per_row,
-    encode=quantise_fp8,
+    encode=quantise_fp8_token,
     decode=restore_fp8,
     linear=linear_fp8,
     nearest=nearest_fp8,

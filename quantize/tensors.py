@@ -79,13 +79,20 @@ def float8_tensor(quantised: Quantised, dtype: torch.dtype, *, kernel: str = "TO
     from torchao.quantization.quantize_.common import KernelPreference
     from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
+    from quantize.float8 import FP8_LEAST
+
     preference = KernelPreference[kernel]
     return Float8Tensor(
         quantised.values,
         quantised.scale,
         block_size=[1, quantised.values.shape[-1]],
         mm_config=Float8MMConfig(use_fast_accum=True),
-        act_quant_kwargs=QuantizeTensorToFloat8Kwargs(torch.float8_e4m3fn, PerRow(), kernel_preference=preference),
+        act_quant_kwargs=QuantizeTensorToFloat8Kwargs(
+            torch.float8_e4m3fn,
+            PerRow(),
+            kernel_preference=preference,
+            hp_value_lb=FP8_LEAST if kernel == "TORCH" else None,  # mslk's quantiser has a bound of its own
+        ),
         kernel_preference=preference,
         dtype=dtype,
     )

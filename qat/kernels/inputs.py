@@ -31,7 +31,7 @@ from qat.kernels.launch import Launcher, Plan, next_power_of_2
 from quantize.numerics import Quantised
 
 KINDS = {"none": 0, "int8": 1, "fp8": 2, "fp8-mslk": 3}
-"""How inputs are rounded: not at all, as `int8_asymmetric_per_token`, `quantise_fp8` or `quantise_fp8_mslk`."""
+"""How inputs are rounded: not at all, as `int8_asymmetric_per_token`, `quantise_fp8_token` or `quantise_fp8_mslk`."""
 
 
 @triton.jit
@@ -52,11 +52,12 @@ def _int8_token(x, BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.const
 
 @triton.jit
 def _fp8_token(x, MSLK: tl.constexpr, BF16: tl.constexpr, EXACT: tl.constexpr, RECIPROCAL: tl.constexpr):
-    """(values, scale (1,)) of one row: `quantise_fp8`, `quantise_fp8_mslk`."""
+    """(values, scale (1,)) of one row: `quantise_fp8_token`, `quantise_fp8_mslk`."""
     largest = tl.zeros([1], tl.float32) + greatest(tl.abs(x), 0, EXACT)
+    if not MSLK:
+        largest = at_least(largest, 9.094947017729282e-13)  # FP8_LEAST
     scale = fp8_scale(largest, MSLK, BF16, EXACT, RECIPROCAL)
-    divisor = tl.where(scale == 0.0, 1.0, scale)
-    steps = quotient(x, divisor, BF16 and not MSLK, EXACT)
+    steps = quotient(x, scale, BF16 and not MSLK, EXACT)
     return to_float8(clamped(steps, -448.0, 448.0), EXACT), scale
 
 

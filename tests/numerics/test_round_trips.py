@@ -177,6 +177,33 @@ def test_fp8_equals_torchao_to_the_bit(dtype: torch.dtype, seed: int) -> None:
     assert tensor.kernel_preference == tensor.act_quant_kwargs.kernel_preference == KernelPreference.TORCH
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_fp8_tokens_equal_those_of_the_layer_to_the_bit(dtype: torch.dtype, seed: int) -> None:
+    from torchao.quantization.quantize_.common import _choose_quant_func_and_quantize_tensor
+
+    tokens, target = hard_weight(seed, dtype=dtype), find_target("fp8", "cuda-sm89")
+    weight = float8.FP8.quantise(torch.randn(32, 256).to(dtype), None, dtype, None)
+    theirs = _choose_quant_func_and_quantize_tensor(tokens, target.tensor(weight, dtype).act_quant_kwargs)
+    encode, activation = float8.FP8.encode, float8.FP8.activation
+    assert encode is not None and activation is not None
+    ours = encode(tokens)
+    assert torch.equal(ours.scale, theirs.scale) and same_bits(ours.values, theirs.qdata)
+    assert torch.equal(activation(tokens), theirs.dequantize())
+    assert (ours.scale > 0).all() and not activation(tokens)[[0, 4]].any()  # those of zeros stay zeros
+
+
+def test_an_fp8_layer_gives_zeros_for_a_token_of_zeros() -> None:
+    """As that of padding is where its embedding is zero: as NaN it would reach its neighbours through attention."""
+    weight = float8.FP8.quantise(torch.randn(32, 64).bfloat16(), None, torch.bfloat16, None)
+    layer = nn.Linear(64, 32, bias=False)
+    layer.weight = nn.Parameter(find_target("fp8", "cuda-sm89").tensor(weight, torch.bfloat16), requires_grad=False)
+    inputs = torch.randn(4, 64).bfloat16()
+    inputs[1] = 0
+    output = layer(inputs)
+    assert not output[1].any() and output[[0, 2, 3]].isfinite().all()
+
+
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256])
 @pytest.mark.parametrize("seed", range(4))
 def test_tinygemm_integers_and_scales_equal_torchao(group_size: int, seed: int) -> None:
