@@ -19,6 +19,11 @@ token whose input is all zero, as padding's is where its embedding is, becomes 0
 through attention. A power of two, which bf16 holds."""
 
 
+def least_of(kernel: str) -> float | None:
+    """The bound that a checkpoint names for one of torchao's kernels (KernelPreference): mslk's has one of its own."""
+    return FP8_LEAST if kernel == "TORCH" else None
+
+
 @torch.no_grad()
 def quantise_fp8(
     weight: Tensor,

@@ -171,13 +171,13 @@ def fp8(name: str, numbers: str, kernel: str, **options: Any) -> Target:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
         from torchao.quantization.quantize_.common import KernelPreference
 
-        from quantize.float8 import FP8_LEAST
+        from quantize.float8 import least_of
 
         # Never AUTO, which takes other numbers where mslk is installed.
         return Float8DynamicActivationFloat8WeightConfig(
             granularity=PerRow(),
             kernel_preference=KernelPreference[kernel],
-            activation_value_lb=FP8_LEAST if kernel == "TORCH" else None,
+            activation_value_lb=least_of(kernel),
         )
 
     return Target(

@@ -79,7 +79,7 @@ def float8_tensor(quantised: Quantised, dtype: torch.dtype, *, kernel: str = "TO
     from torchao.quantization.quantize_.common import KernelPreference
     from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
-    from quantize.float8 import FP8_LEAST
+    from quantize.float8 import least_of
 
     preference = KernelPreference[kernel]
     return Float8Tensor(
@@ -91,7 +91,7 @@ def float8_tensor(quantised: Quantised, dtype: torch.dtype, *, kernel: str = "TO
             torch.float8_e4m3fn,
             PerRow(),
             kernel_preference=preference,
-            hp_value_lb=FP8_LEAST if kernel == "TORCH" else None,  # mslk's quantiser has a bound of its own
+            hp_value_lb=least_of(kernel),
         ),
         kernel_preference=preference,
         dtype=dtype,
