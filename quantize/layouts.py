@@ -26,6 +26,8 @@ OVER_16_ROWS = (
 )
 """torch's integer product takes more than 16 rows at a time. vLLM fills a batch up to the next size that it has a CUDA
 graph of, so none of them is to be smaller; by itself it begins with 1 and does not start."""
+NOT_COMPILED = ("--compilation-config.mode=none", "--compilation-config.cudagraph_mode=FULL_DECODE_ONLY")
+"""vLLM without torch.compile, each decoding step still one CUDA graph."""
 
 
 def numbers_of(module: str, name: str) -> Callable[[], Numbers]:

@@ -350,6 +350,9 @@ def main() -> int:
     parser.add_argument("--tokenizer")
     parser.add_argument("--api-key", nargs="*")
     parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--cudagraph-capture-sizes", nargs="+", type=int)
+    parser.add_argument("--compilation-config.mode")
+    parser.add_argument("--compilation-config.cudagraph_mode")
     options = parser.parse_args()
     mode = os.environ.get("FAKE_VLLM")
     if mode in ("oom", "validation"):

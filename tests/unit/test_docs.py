@@ -16,6 +16,7 @@ from documented import CAPITALS, COMMAND, NOT_RUN, ROOT, documents, joined_lines
 from quantize.cli import _parser, _split
 from quantize.commands import VERBS
 from quantize.errors import UserError
+from quantize.schemes import served_formats
 from train.cli import split_arguments
 from train.config import RunConfig
 from train.config_loading import find_config, load_config
@@ -96,11 +97,17 @@ def check_train(words: list[str]) -> None:
         assert parse_options(RunConfig, line.overrides)[1] == []
 
 
+OF_VLLM = {
+    word.partition("=")[0] for _, target in served_formats() for word in target.vllm_arguments if word.startswith("--")
+}
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_every_option_in_the_text_exists(name: str) -> None:
     for text in fragments(PAGES[name]):
         for option in re.findall(r"--(\w+(?:[.-]\w+)*\.[\w.-]+)", text):
-            assert is_key(option.replace("-", "_")), f"{name}: --{option}"
+            known = is_key(option.replace("-", "_")) or f"--{option}" in OF_VLLM
+            assert known, f"{name}: --{option}"
         if text.startswith("quantize "):
             verb, *words = text.split()[1:]
             assert verb in VERBS, f"{name}: {text}"

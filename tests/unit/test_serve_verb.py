@@ -16,6 +16,7 @@ from test_serving_check import make
 from quantize.cli import main
 from quantize.commands import serve
 from quantize.doctor import machine
+from quantize.layouts import NOT_COMPILED
 from quantize.serving import environment
 
 
@@ -45,13 +46,14 @@ def test_a_dry_run_prints_the_command(vllm: Path, run: Path, capsys: pytest.Capt
     words = shlex.split(capsys.readouterr().out)
     assert words == [
         str(vllm / "bin" / "vllm"), "serve", str(run / "quantized"), "--served-model-name", "first", "--host",
-        "127.0.0.1", "--port", "81", "--dtype", "bfloat16",
+        "127.0.0.1", "--port", "81", "--dtype", "bfloat16", *NOT_COMPILED,
     ]  # fmt: skip
     options = ["--dry-run", "--", "--max-model-len", "4096", "--dtype=half", "--", "x y"]
     assert main(["serve", str(run / "quantized"), *options]) == 0
     said = capsys.readouterr().out.rstrip()
     assert shlex.split(said)[3:5] == ["--served-model-name", "quantized"]
-    assert said.endswith("--port 8000 --dtype bfloat16 --max-model-len 4096 --dtype=half -- 'x y'")
+    needed = " ".join(NOT_COMPILED)
+    assert said.endswith(f"--port 8000 --dtype bfloat16 {needed} --max-model-len 4096 --dtype=half -- 'x y'")
 
 
 def test_this_process_becomes_vllms(

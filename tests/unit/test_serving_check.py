@@ -16,6 +16,7 @@ from tiny_models import save_plain, tiny_model
 
 from quantize.doctor.machine import Gpu
 from quantize.errors import UserError
+from quantize.layouts import NOT_COMPILED
 from quantize.schemes import SCHEMES, find_scheme, served_formats
 from quantize.serving import layout, reading
 from quantize.serving.check import check_folder
@@ -171,7 +172,7 @@ def test_16_bit_is_fine(tmp_path: Path) -> None:
 
 def test_float32_scales_are_served_in_float32(tmp_path: Path) -> None:
     folder = make(tmp_path / "f32", settings={"dtype": "float32"})
-    assert check_folder(folder).arguments == ("--dtype", "float32")
+    assert check_folder(folder).arguments == ("--dtype", "float32", *NOT_COMPILED)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +227,7 @@ def test_what_the_user_takes_is_let_through(tmp_path: Path) -> None:
     own = {"auto_map": {"AutoModelForCausalLM": "own.Model"}, "model_type": "own"}
     folder = make(tmp_path / "folder", template=False, settings=own)
     found = check_folder(folder, chat=False, trust_remote_code=True)
-    assert found.arguments == ("--trust-remote-code", "--dtype", "bfloat16") and not found.chats
+    assert found.arguments == ("--trust-remote-code", "--dtype", "bfloat16", *NOT_COMPILED) and not found.chats
     (folder / "tokenizer.json").unlink()
     assert check_folder(folder, tokenizer=False, trust_remote_code=True)  # another is given
 
