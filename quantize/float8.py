@@ -30,6 +30,8 @@ def quantise_fp8(
     group_size: int | None = None,
     scale_dtype: torch.dtype = torch.float32,
     factor: Tensor | None = None,
+    *,
+    least: float | None = None,
 ) -> Quantised:
     """float8_e4m3fn with one fp32 scale per row: `max|x| / 448`.
 
@@ -37,8 +39,12 @@ def quantise_fp8(
         weight: (..., I). A row of zeros stays zero, where torchao divides 0 by 0.
         group_size: not read: one scale a row. scale_dtype: not read: float32 in every checkpoint.
         factor: (O, 1) multiplies the scale.
+        least: the scale is made for this magnitude where a row's largest is smaller.
     """
-    scale = (weight.abs().amax(dim=-1, keepdim=True) / FP8_MAX).to(torch.float32)
+    largest = weight.abs().amax(dim=-1, keepdim=True)
+    if least is not None:
+        largest = largest.clamp(min=least)
+    scale = (largest / FP8_MAX).to(torch.float32)
     if factor is not None:
         scale = scale * factor.float()
     return Quantised(nearest_fp8(weight, Quantised(weight, scale)), scale)
@@ -57,12 +63,9 @@ def restore_fp8(quantised: Quantised, dtype: torch.dtype) -> Tensor:
     return (quantised.values.to(torch.float32) * quantised.scale).to(dtype)
 
 
-@torch.no_grad()
 def quantise_fp8_token(values: Tensor) -> Quantised:
     """Activations (..., I) in float8 with one scale per token: `max(max|x|, FP8_LEAST) / 448`."""
-    largest = values.abs().amax(dim=-1, keepdim=True).clamp(min=FP8_LEAST)
-    scale = (largest / FP8_MAX).to(torch.float32)
-    return Quantised(nearest_fp8(values, Quantised(values, scale)), scale)
+    return quantise_fp8(values, least=FP8_LEAST)
 
 
 @torch.no_grad()

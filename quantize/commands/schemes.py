@@ -90,7 +90,8 @@ def _details(schemes: list[Scheme], missing: Missing, width: int) -> Iterator[st
 def _vllm(target: Target) -> str:
     if target.vllm:
         return f"no, {target.vllm}"
-    return f"loads it as it is (quantize serve); speed there: {target.served or 'not measured'}"
+    how = "with options that quantize serve gives" if target.vllm_arguments else "quantize serve"
+    return f"loads it as it is ({how}); speed there: {target.served or 'not measured'}"
 
 
 def _state(lacking: list[str], target: Target) -> str:

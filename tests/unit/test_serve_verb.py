@@ -164,6 +164,8 @@ def test_only_serve_passes_words_on() -> None:
 
 
 def test_the_formats_say_what_vllm_loads(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schemes", "int8-int8"]) == 0
+    assert "    vLLM: loads it as it is (with options that quantize serve gives)" in capsys.readouterr().out
     assert main(["schemes", "fp8", "int8-int4"]) == 0
     fp8, phones = capsys.readouterr().out.split("\nint8-int4: ")
     assert fp8.count("    vLLM: loads it as it is (quantize serve)") == 2
