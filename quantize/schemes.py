@@ -82,11 +82,11 @@ _ALL = (
                 by_request=True,
                 vllm="",
                 vllm_arguments=NOT_COMPILED,  # mslk 1.1.0 tells torch.compile nothing of this kernel's output
+                served=ServedSpeed(latency=((1, 0.89), (256, 0.94)), weights=0.38, group_size=128),
                 group_sizes=(64, 128, 256),  # with groups of 32 mslk 1.1.0 computes something else, silently: 48% off
                 max_output_error=0.0005,
                 max_gap_nats=0.01,
                 speed=on_gpu(0.95, 0.94, 0.92, 0.85, 128, prefill=0.93),
-                note="vLLM was seen to load it; what it answers was not compared yet (quantize serve RUN --check)",
             ),
             intx(4, "cpu", by_request=True, speed=on_cpu(0.31, 0.33, 128)),
             intx(
@@ -143,6 +143,7 @@ _ALL = (
                 needs=("cuda>=7.0",),
                 vllm="",
                 vllm_arguments=NOT_COMPILED,
+                served=ServedSpeed(latency=((1, 0.21), (256, 0.49)), weights=0.63),
                 speed=on_gpu(0.24, 0.23, 0.25, 0.31, None, prefill=0.60, compiled=False),
             ),
             # As many bits in another layout: not a scheme of its own, as whoever asks for int8 wants rows.
